@@ -1,0 +1,367 @@
+"""The command line: parse, call, print. Results go to stdout, progress and errors to stderr.
+
+Exit codes: 0 done, 1 failed, 2 a bad request, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hfsd.errors import BadRequest, HfsdError, nearest
+
+if TYPE_CHECKING:
+    from hfsd.recipe import Recipe
+    from hfsd.records import Results, Scan
+
+app = typer.Typer(
+    help="Prune decoder blocks out of a language model and bring its quality back by self-data distillation.",
+    epilog="Start with: hfsd run demo",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Close with one machine-readable line on stdout.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Sets = Annotated[
+    list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a field of the recipe; repeatable.")
+]
+Out = Annotated[Path | None, typer.Option("--out", help="Run directory (default: runs/NAME).")]
+NewFolder = Annotated[Path, typer.Option("--out", help="Folder for the result; must not hold another one.")]
+ModelArg = Annotated[str, typer.Argument(help="Hub id, folder, *.gguf file, or package:DIST==VERSION/FILE.")]
+DataArg = Annotated[str, typer.Argument(help="gym:NAME, a .jsonl/.json/.csv/.parquet file, or a Hub dataset id.")]
+RunArg = Annotated[Path, typer.Argument(help="A finished run directory, such as runs/demo.")]
+
+
+@app.command()
+def run(
+    recipe: Annotated[str, typer.Argument(help="A recipe file, or a packaged name (see `hfsd recipe`).")],
+    sets: Sets = None,
+    out: Out = None,
+    until: Annotated[str | None, typer.Option(help="Stop after this stage.")] = None,
+    redo: Annotated[str | None, typer.Option(help="Make this stage, and those that depend on it, again.")] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Hash finished outputs again instead of trusting size and time.")
+    ] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Run a recipe from scan to publish, or continue where an earlier run stopped."""
+    with spoken(debug, as_json) as say:
+        from hfsd import pipeline
+
+        root = pipeline.run(recipe, sets, out, until, redo, verify)
+        if (root / "report" / "DONE.json").is_file() and until in (None, "report", "publish"):
+            found = pipeline.results(root)
+            print_results(found, root)
+            say(run=str(root), **_numbers(found))
+        else:
+            say(run=str(root), until=until)
+
+
+@app.command()
+def scan(
+    model: ModelArg,
+    calibration: Annotated[str, typer.Option("--calibration", help="Text to score on: as for DATA elsewhere.")],
+    blocks: Annotated[int, typer.Option("--blocks", help="How many blocks to choose.")],
+    out: NewFolder,
+    sets: Sets = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Score every range of blocks and choose the one to remove."""
+    with spoken(debug, as_json) as say:
+        found = _scan(model, calibration, blocks, sets, out)
+        print(found.plan.sentence)
+        say(scores=str(out / "scores.json"), kept=list(found.plan.kept), sentence=found.plan.sentence)
+
+
+@app.command()
+def prune(
+    model: ModelArg,
+    out: NewFolder,
+    remove: Annotated[
+        str | None, typer.Option("--remove", metavar="START:STOP", help="Blocks to remove, 0-based and half-open.")
+    ] = None,
+    blocks: Annotated[int | None, typer.Option("--blocks", help="How many blocks to remove, chosen by a scan.")] = None,
+    calibration: Annotated[
+        str | None, typer.Option("--calibration", help="Text for the scan that --blocks needs.")
+    ] = None,
+    sets: Sets = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write a checkpoint without some of its blocks, and check it against the original."""
+    with spoken(debug, as_json) as say:
+        from hfsd import single
+        from hfsd.recipe import Model, Prune, checked
+
+        asked = checked(Prune, {"blocks": blocks, "remove": remove}, "arguments")
+        if blocks is not None and calibration is None:
+            raise BadRequest("--blocks chooses by a scan: give --calibration DATA, or name the range with --remove")
+        plan = asked.range or _scan(model, str(calibration), blocks or 0, sets, None).plan
+        made = single.prune(Model(path=model), out, plan)
+        print(made.plan.sentence)
+        for check in made.checks:
+            print(f"self-check {check.level}: {check.result}. {check.detail}")
+        say(checkpoint=str(out), params=made.params, sentence=made.plan.sentence)
+
+
+@app.command()
+def rewrite(
+    model: ModelArg,
+    data: DataArg,
+    out: NewFolder,
+    task: Annotated[str, typer.Option("--task", help="instruction, math or code.")] = "instruction",
+    rows: Annotated[int, typer.Option("--rows", help="Rows to rewrite, after the split.")] = 1000,
+    sets: Sets = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Have the unpruned model answer a training set in its own words."""
+    with spoken(debug, as_json) as say:
+        asked = {
+            "model": model,
+            "data": {"source": data, "rows": rows},
+            "rewrite": {"task": task},
+            "prune": {"remove": "0:1"},
+        }
+        root = _run_stage(out, asked, sets, "rewrite")
+        say(**json.loads((root / "rewrite" / "stats.json").read_text(encoding="utf-8")))
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="A recipe file or packaged name.")],
+    sets: Sets = None,
+    out: Out = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Run a recipe up to and including the training of its arms."""
+    _until("train", recipe, sets, out, as_json, debug)
+
+
+@app.command(name="eval")
+def evaluate(
+    recipe: Annotated[str, typer.Argument(help="A recipe file or packaged name.")],
+    sets: Sets = None,
+    out: Out = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Run a recipe up to and including the evaluation of its variants."""
+    _until("evaluate", recipe, sets, out, as_json, debug)
+
+
+@app.command()
+def compare(
+    recipe: Annotated[str, typer.Argument(help="A recipe file or packaged name.")],
+    sets: Sets = None,
+    out: Out = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Run a recipe up to and including the comparison of its variants with the original."""
+    _until("compare", recipe, sets, out, as_json, debug)
+
+
+@app.command()
+def report(run: RunArg, as_json: Json = False, debug: Debug = False) -> None:
+    """Print the table of a finished run."""
+    with spoken(debug, as_json) as say:
+        from hfsd import pipeline
+
+        found = pipeline.results(run)
+        print_results(found, run)
+        say(run=str(run), **_numbers(found))
+
+
+@app.command()
+def push(
+    run: RunArg,
+    to: Annotated[str, typer.Option("--to", help="Hub namespace: your name or an organisation.")],
+    private: Annotated[bool, typer.Option("--private", help="Create private repos.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Upload a finished run: models with adapters, data set and Space, each with its card."""
+    with spoken(debug, as_json) as say:
+        from hfsd import pipeline
+
+        receipts = pipeline.push(run, to, private)
+        for receipt in receipts:
+            print(f"{receipt.kind:<8} {receipt.url}  {receipt.commit[:12]}")
+        say(receipts={r.repo: r.commit for r in receipts})
+
+
+@app.command()
+def space(
+    run: RunArg,
+    port: Annotated[int, typer.Option("--port", help="Port on 127.0.0.1.")] = 7860,
+    share: Annotated[bool, typer.Option("--share", help="Ask Gradio for a public link.")] = False,
+    open_page: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Serve the staged Space of a finished run on this machine."""
+    with spoken(debug, False):
+        from hfsd import pipeline
+
+        folder = pipeline.staged_space(run)
+        options = ["--port", str(port)] + ["--share"] * share + ["--open"] * open_page
+        os.chdir(folder)
+        # In place of this process, so that Ctrl-C reaches the page.
+        os.execv(sys.executable, [sys.executable, "app.py", *options])
+
+
+@app.command()
+def init(
+    model: ModelArg,
+    data: DataArg,
+    blocks: Annotated[int, typer.Option("--blocks", help="How many blocks to remove.")] = 6,
+    debug: Debug = False,
+) -> None:
+    """Print a commented recipe for a model and a data set, to be redirected into a file."""
+    with spoken(debug, False):
+        from hfsd import starter
+
+        print(starter.recipe_for(model, data, blocks), end="")
+
+
+@app.command()
+def recipe(
+    name: Annotated[str | None, typer.Argument(help="Name of a packaged recipe; none: list them.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Print a packaged recipe, or the names of all."""
+    with spoken(debug, False):
+        from hfsd import recipe as recipes
+
+        known = recipes.packaged()
+        if name is None:
+            print("\n".join(known))
+        elif name not in known:
+            raise BadRequest(f"no packaged recipe '{name}'{nearest(name, known)}; there are {', '.join(known)}")
+        else:
+            print(recipes.source_text(name)[0], end="")
+
+
+def main() -> None:
+    """Entry point of the `hfsd` script."""
+    # A tool must not report on its users; this has to be set before the Hub's client is imported.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    app()
+
+
+@contextmanager
+def spoken(debug: bool, as_json: bool) -> Iterator[Callable[..., None]]:
+    """Turns errors into one line and an exit code; yields a function that keeps the closing JSON line."""
+    closing: dict[str, Any] = {}
+    try:
+        yield closing.update
+    except HfsdError as error:
+        _fail(error, error.exit_code, str(error), debug, as_json)
+    except KeyboardInterrupt as error:
+        _fail(error, 130, "interrupted; run the same command again to continue", debug, as_json)
+    except Exception as error:
+        _fail(
+            error,
+            1,
+            f"{type(error).__name__}: {' '.join(str(error).split())[:400]}; --debug shows where",
+            debug,
+            as_json,
+        )
+    if as_json:
+        from hfsd.records import to_json
+
+        print(json.dumps({"ok": True, **to_json(closing)}))
+
+
+def print_results(results: Results, root: Path) -> None:
+    """The closing table, where everything lies, and what to do next."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from hfsd.text import headline, notes, table
+
+    head, *lines = table(results)
+    shown = Table(*head, title=headline(results), title_justify="left", title_style="bold")
+    for line in lines:
+        shown.add_row(*line)
+    console = Console()
+    console.print(shown)
+    for note in notes(results):
+        console.print(note, highlight=False, markup=False)
+    arms = [v.variant.id for v in results.variants if v.variant.arm not in ("original", "pruned")]
+    print(
+        f"\nreport    {root / 'report' / 'report.md'}\nmodels    {root / 'publish'}\nrecipe    {root / 'recipe.yaml'}"
+    )
+    if arms:
+        merged = root / "train" / arms[-1] / "merged"
+        print("\nload the recovered model:")
+        print("  from transformers import AutoModelForCausalLM, AutoTokenizer")
+        print(f'  model = AutoModelForCausalLM.from_pretrained("{merged}")')
+        print(f'  tokenizer = AutoTokenizer.from_pretrained("{merged}")')
+    print(f"compare side by side:  hfsd space {root}\npublish:               hfsd push {root} --to NAME")
+
+
+def _numbers(results: Results) -> dict[str, Any]:
+    return {
+        "variants": {
+            v.variant.id: {
+                "params": v.params,
+                "mean": v.mean,
+                "recovery": v.recovery,
+                "chance_corrected": v.chance_corrected,
+            }
+            for v in results.variants
+        }
+    }
+
+
+def _scan(model: str, calibration: str, blocks: int, sets: list[str] | None, out: Path | None) -> Scan:
+    from hfsd import recipe as recipes
+    from hfsd import single
+    from hfsd.progress import quiet
+
+    asked = {"name": "scan", "model": model, "data": calibration, "prune": {"blocks": blocks}}
+    made = recipes.validate(asked, "arguments", sets)
+    quiet()
+    return single.scan(made.model, made.data, blocks, made.scan, out)
+
+
+def _run_stage(out: Path, asked: dict[str, Any], sets: list[str] | None, until: str) -> Path:
+    from hfsd import pipeline
+    from hfsd import recipe as recipes
+
+    made: Recipe = recipes.validate({"name": recipes.slug(out.name), **asked}, "arguments", sets)
+    return pipeline.run(made, out=out, until=until)
+
+
+def _until(stage: str, recipe: str, sets: list[str] | None, out: Path | None, as_json: bool, debug: bool) -> None:
+    with spoken(debug, as_json) as say:
+        from hfsd import pipeline
+
+        root = pipeline.run(recipe, sets, out, until=stage)
+        print(f"{stage} is done in {root}")
+        say(run=str(root), until=stage)
+
+
+def _fail(error: BaseException, code: int, message: str, debug: bool, as_json: bool) -> None:
+    if debug:
+        raise error
+    for line in message.splitlines():
+        print(f"hfsd: {line}", file=sys.stderr)
+    if as_json:
+        print(json.dumps({"ok": False, "exit_code": code, "error": message}))
+    raise typer.Exit(code) from None

@@ -1,0 +1,324 @@
+"""The pictures of a report, as PNG files. matplotlib is imported when one is drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hfsd.records import BlockScores, Candidate, PrunePlan, Results, Scan, TaskScore, TrainReport
+from hfsd.stats import mean_score
+from hfsd.text import at_n, counted, in_percent, label, plural, recovered
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# One accent per arm, from Okabe and Ito's palette (told apart with every kind of colour vision); the Space uses it too.
+COLOURS = {
+    "original": "#0072B2",
+    "pruned": "#E69F00",
+    "sft": "#CC79A7",
+    "self-distilled": "#009E73",
+    "merged": "#56B4E9",
+}
+CHOICE = "#D55E00"  # vermilion, used for nothing else: the cut that was made
+MUTED = "#767676"
+METRICS = {"angular": "angular distance (0 to 1)", "bi": "block influence (1 - cosine)"}
+STYLE: Any = {
+    "text.parse_math": False,  # names may hold a dollar sign
+    "font.size": 10.0,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 10.5,
+    "axes.titlelocation": "left",
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+}
+
+
+def draw(results: Results, out: Path) -> list[str]:
+    """Writes the pictures that the results can fill, and returns their file names.
+
+    `block_scores.png` and `candidates.png` need a scan, `loss.png` a trained arm; `recovery.png` is always there.
+    """
+    files: dict[str, Callable[[], Figure]] = {"recovery.png": lambda: recovery(results)}
+    scan = results.scan
+    if scan and scan.scores:
+        files["block_scores.png"] = lambda: block_scores(scan, results.plan)
+    if scan and scan.candidates:
+        files["candidates.png"] = lambda: candidates(scan, results.plan)
+    if any(t.losses for t in results.training):
+        files["loss.png"] = lambda: loss(results.training)
+    for name, make in files.items():
+        with _style():
+            # without the metadata the bytes would change with the version of matplotlib
+            make().savefig(out / name, format="png", dpi=150, metadata={"Software": None})
+    return list(files)
+
+
+def recovery(results: Results) -> Figure:
+    """One panel per task, the mean first: a dot and 95% interval per variant, its recovery in words beside it."""
+    panels = list(_panels(results))
+    ids = [v.variant.id for v in results.variants]
+    heights = [0.55 + 0.3 * len(ids)] * len(panels)
+    figure = _figure(8.0, sum(heights) + 0.75, len(panels))
+    for axes, (title, scores, chance, share, unit) in zip(figure.axes, panels, strict=True):
+        scale = 100 if share else 1
+        for y, line in enumerate(results.variants):
+            score = scores[line.variant.id]
+            axes.errorbar(
+                score.value * scale,
+                y,
+                xerr=_whiskers(score, scale),
+                fmt="o",
+                color=COLOURS.get(line.variant.arm, MUTED),
+                capsize=3,
+                markersize=6,
+                linewidth=1.6,
+            )
+            words, place = _recovery_label(score, line.variant.arm), (1.015, y)
+            tint = MUTED if line.variant.arm == "original" else "black"
+            axes.annotate(words, place, xycoords=("axes fraction", "data"), va="center", fontsize=9, color=tint)
+        if chance is not None:
+            axes.axvline(chance * scale, color=MUTED, linestyle=(0, (4, 3)), linewidth=1.1)
+            axes.annotate(
+                f"chance {100 * chance:.0f}%",
+                (chance * scale, 1),
+                xycoords=("data", "axes fraction"),
+                xytext=(3, -1),
+                textcoords="offset points",
+                fontsize=8,
+                color=MUTED,
+                va="top",
+            )
+        axes.set_yticks(range(len(ids)), ids)
+        axes.set_ylim(len(ids) - 0.4, -0.95)
+        axes.set_title(title)
+        axes.set_xlabel(unit, fontsize=9, labelpad=1)
+        axes.grid(axis="x", color="#E4E4E4", linewidth=0.8)
+        axes.set_axisbelow(True)
+        if share:
+            axes.set_xlim(0, 100)
+    words = (
+        "dots: scores; whiskers: 95% intervals; recovery: share of the original's score (after taking chance from both)"
+    )
+    figure.supxlabel(words, fontsize=8.5)
+    return figure
+
+
+def block_scores(scan: Scan, plan: PrunePlan) -> Figure:
+    """Heat map of the chosen scores over start and width; a line per width where few widths were scored."""
+    scores = chosen_scores(scan, plan)
+    widths = sorted(scores.values)
+    cut = _cut(plan)
+    if len(widths) < 4:
+        return _score_lines(scores, cut)
+    figure = _figure(7.6, 5.4)
+    axes = figure.axes[0]
+    grid = [[_at(scores.values[w], s) for s in range(plan.n_layers)] for w in widths]
+    step = widths[1] - widths[0] if len(widths) > 1 else 1
+    extent = (-0.5, plan.n_layers - 0.5, widths[0] - step / 2, widths[-1] + step / 2)
+    image = axes.imshow(grid, origin="lower", aspect="auto", cmap="cividis", extent=extent, interpolation="nearest")
+    figure.colorbar(
+        image, ax=axes, label=f"{METRICS.get(scores.metric, scores.metric)}; lower is safer to remove", pad=0.02
+    )
+    lowest = [min(range(len(scores.values[w])), key=scores.values[w].__getitem__) for w in widths]
+    axes.plot(lowest, widths, ".", color="white", markersize=5)
+    axes.annotate("white dots: lowest of each width", (0.98, 0.89), xycoords="axes fraction", ha="right", color=MUTED)
+    if cut and cut[1] - cut[0] in scores.values:
+        start, width = cut[0], cut[1] - cut[0]
+        axes.plot(
+            start, width, "o", markersize=13, markerfacecolor="none", markeredgecolor="white", markeredgewidth=3.6
+        )
+        axes.plot(start, width, "o", markersize=13, markerfacecolor="none", markeredgecolor=CHOICE, markeredgewidth=2)
+        axes.annotate(
+            f"removed: [{cut[0]}, {cut[1]})",
+            (0.98, 0.95),
+            xycoords="axes fraction",
+            ha="right",
+            color=CHOICE,
+            fontweight="bold",
+        )
+    axes.set_xlabel("start: first block of the range, counted from 0")
+    axes.set_ylabel("width: blocks in the range")
+    axes.set_title(_score_title(scores))
+    _whole_numbers(axes.xaxis, axes.yaxis)
+    return figure
+
+
+def candidates(scan: Scan, plan: PrunePlan) -> Figure:
+    """Held-out loss of the model without each verified range, best first, beside the original's."""
+    ranked = sorted(scan.candidates, key=lambda c: (c.loss, c.start, c.stop))
+    cut = _cut(plan)
+    figure = _figure(7.6, 1.5 + 0.33 * len(ranked))
+    axes = figure.axes[0]
+    for y, candidate in enumerate(ranked):
+        chosen = cut == (candidate.start, candidate.stop)
+        colour = CHOICE if chosen else MUTED
+        axes.plot([scan.original_loss, candidate.loss], [y, y], color=colour, linewidth=1.6)
+        axes.plot(candidate.loss, y, "o", color=colour, markersize=8 if chosen else 6)
+        words = f"{candidate.loss:.3f}{'  removed' if chosen else ''}"
+        axes.annotate(words, (candidate.loss, y), xytext=(9, 0), textcoords="offset points", va="center", fontsize=9)
+    axes.axvline(scan.original_loss, color=COLOURS["original"], linewidth=1.6)
+    axes.set_yticks(range(len(ranked)), [_candidate_name(c) for c in ranked])
+    axes.set_ylim(len(ranked) - 0.4, -0.6)
+    worst = max([c.loss for c in ranked] + [scan.original_loss])
+    span = max(worst - scan.original_loss, 1e-3)
+    axes.set_xlim(scan.original_loss - 0.04 * span, worst + 0.25 * span)
+    axes.set_xlabel("loss on held-out calibration text (nats per token)")
+    axes.set_ylabel("range (proposed by)")
+    axes.set_title(f"Loss without each verified range; the line is the original's {scan.original_loss:.3f}")
+    axes.grid(axis="x", color="#E4E4E4", linewidth=0.8)
+    axes.set_axisbelow(True)
+    return figure
+
+
+def loss(training: Sequence[TrainReport]) -> Figure:
+    """Training loss of every arm over optimizer steps."""
+    figure = _figure(7.6, 4.2)
+    axes = figure.axes[0]
+    styles = ("-", "--", ":", "-.")
+    drawn: dict[str, int] = {}
+    for report in (t for t in training if t.losses):
+        arm = report.variant.arm
+        style = styles[drawn.setdefault(arm, 0) % len(styles)]
+        drawn[arm] += 1
+        steps, values = zip(*report.losses, strict=True)
+        name = f"{report.variant.id} ({plural(report.rows, 'row')}, {report.tokens:,} trained tokens)"
+        dots = "o" if len(steps) < 3 else ""
+        axes.plot(steps, values, linestyle=style, marker=dots, color=COLOURS.get(arm, MUTED), linewidth=1.8, label=name)
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("training loss (nats per completion token)")
+    axes.set_title("Training loss; the arms learn different answers, so that their levels do not compare")
+    axes.grid(color="#E4E4E4", linewidth=0.8)
+    axes.legend(loc="upper right", edgecolor="none", framealpha=0.9)
+    axes.set_ylim(bottom=0)
+    _whole_numbers(axes.xaxis)
+    return figure
+
+
+def chosen_scores(scan: Scan, plan: PrunePlan) -> BlockScores:
+    """The scores that proposed the cut; where none is named, those over all tokens, else the first."""
+    cut = _cut(plan)
+    proposers = [plan.why, *(c.proposed_by for c in scan.candidates if (c.start, c.stop) == cut)]
+    named = [k for k in sorted(scan.scores) if any(f"{k} tokens" in p for p in proposers)]
+    key = "all" if "all" in scan.scores and (not named or "all" in named) else (named or sorted(scan.scores))[0]
+    return scan.scores[key]
+
+
+@contextmanager
+def _style() -> Iterator[None]:
+    import matplotlib
+
+    # a user's own matplotlibrc must not change a report
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(STYLE)
+        yield
+
+
+def _figure(width: float, height: float, rows: int = 1) -> Figure:
+    """A figure outside pyplot: no window, no global state; saving it to PNG uses Agg."""
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08))
+    figure.subplots(rows, 1, squeeze=False)
+    return figure
+
+
+def _panels(results: Results) -> Iterator[tuple[str, dict[str, TaskScore], float | None, bool, str]]:
+    """(title, score per variant, chance, in percent, unit) of the mean and of every task."""
+    tasks = counted(results)
+    if len(tasks) > 1:
+        means = {v.variant.id: mean_score(tasks, v.variant.id) for v in results.variants}
+        chance = sum(t.chance or 0.0 for t in tasks) / len(tasks)
+        title = f"Mean of {plural(len(tasks), 'task')} ({at_n(tasks)} each)"
+        yield title, {k: m for k, m in means.items() if m}, chance, True, "score (%)"
+    for task in results.tasks:
+        share = in_percent(task)
+        title = f"{label(results, task)} ({task.metric}, n = {task.n}, {plural(task.shots, 'shot')})"
+        if not task.in_mean:
+            title += ", not in the mean"
+        unit = "score (%)" if share else f"{task.metric}{'' if task.higher_is_better else ' (lower is better)'}"
+        scores = task.scores if task.in_mean else {k: _without_recovery(s) for k, s in task.scores.items()}
+        yield title, scores, task.chance, share, unit
+
+
+def _without_recovery(score: TaskScore) -> TaskScore:
+    # near chance a ratio says nothing, so none is drawn for a task that does not count
+    return TaskScore(score.value, score.low, score.high, None, None)
+
+
+def _recovery_label(score: TaskScore, arm: str) -> str:
+    if score.recovery is None:
+        return ""
+    if arm == "original":  # 100% by definition: its row heads the column instead
+        return "recovery (corrected)"
+    corrected = "" if score.chance_corrected is None else f" ({recovered(score.chance_corrected)})"
+    return f"{recovered(score.recovery)}{corrected}"
+
+
+def _whiskers(score: TaskScore, scale: float) -> Any:
+    if score.low is None or score.high is None:
+        return None
+    return [[max(0.0, score.value - score.low) * scale], [max(0.0, score.high - score.value) * scale]]
+
+
+def _cut(plan: PrunePlan) -> tuple[int, int] | None:
+    """The one range that was removed, or None where it is none or several."""
+    gone = plan.removed
+    return (gone[0], gone[-1] + 1) if gone and len(gone) == gone[-1] + 1 - gone[0] else None
+
+
+def _at(values: Sequence[float], start: int) -> float:
+    return values[start] if start < len(values) else float("nan")  # no such range: left white
+
+
+def _score_title(scores: BlockScores) -> str:
+    which = "last text token" if scores.tokens == "last" else f"{scores.tokens} text tokens"
+    counts = f"n = {scores.samples} sequences, {scores.n_tokens:,} tokens"
+    return f"How far each range of blocks moves the residual stream\n({which}; {counts})"
+
+
+def _score_lines(scores: BlockScores, cut: tuple[int, int] | None) -> Figure:
+    figure = _figure(7.6, 4.2)
+    axes = figure.axes[0]
+    for (width, values), style in zip(sorted(scores.values.items()), ("-", "--", ":"), strict=False):
+        axes.plot(
+            range(len(values)),
+            values,
+            linestyle=style,
+            marker="o",
+            markersize=4,
+            color="#333333",
+            label=plural(width, "block"),
+        )
+        if cut and cut[1] - cut[0] == width:
+            axes.plot(
+                cut[0],
+                values[cut[0]],
+                "o",
+                markersize=13,
+                markerfacecolor="none",
+                markeredgecolor=CHOICE,
+                markeredgewidth=2,
+            )
+    axes.set_xlabel("start: first block of the range, counted from 0")
+    axes.set_ylabel(METRICS.get(scores.metric, scores.metric))
+    axes.set_title(_score_title(scores))
+    axes.legend(frameon=False, title="width of the range")
+    _whole_numbers(axes.xaxis)
+    return figure
+
+
+def _candidate_name(candidate: Candidate) -> str:
+    return f"[{candidate.start}, {candidate.stop})  ({candidate.proposed_by})"
+
+
+def _whole_numbers(*sides: Any) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    for side in sides:
+        side.set_major_locator(MaxNLocator(integer=True, nbins=12))

