@@ -206,8 +206,8 @@ def _original_summary(line: VariantSummary, facts: Mapping[str, Any], results: R
     parts.append(f"It was read from {escape(source)}.")
     if facts.get("quantization"):
         parts.append(
-            f"That file is quantised ({escape(facts['quantization'])}): its weights were dequantised, and they are not "
-            "those of the full-precision release."
+            f"That file is quantised: {escape(facts['quantization'])}. The dequantised weights here are not those of "
+            "the full-precision release."
         )
     return " ".join(parts)
 
@@ -265,7 +265,7 @@ def _carried(facts: Mapping[str, Any], arm: str) -> list[str]:
     """Limits that come with the original, in plain text."""
     lines = [without_paths(str(limit)) for limit in facts.get("limits") or []]
     if facts.get("quantization") and arm != "original":
-        lines.append(f"The original was read from a quantised file ({facts['quantization']}) and dequantised.")
+        lines.append(f"The original was read from a quantised file: {facts['quantization']}.")
     if facts.get("trust_remote_code"):
         lines.append("The original brings code of its own (trust_remote_code), which the run was told to execute.")
     return lines

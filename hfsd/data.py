@@ -183,7 +183,8 @@ def _from_rows(rows: list[dict[str, Any]], recipe: Data) -> list[Example]:
     if not rows:
         raise BadRequest(f"data.source: {recipe.source} has no rows")
     if recipe.prompt_column and recipe.reference_column:
-        prompts, reference = (recipe.prompt_column,), recipe.reference_column
+        prompts: tuple[str, ...] = (recipe.prompt_column,)
+        reference = recipe.reference_column
         if absent := {*prompts, reference} - set(rows[0]):
             raise BadRequest(f"data.source: {recipe.source} has no column {sorted(absent)}; it has {sorted(rows[0])}")
     else:

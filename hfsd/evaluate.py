@@ -34,6 +34,8 @@ PACKAGED = Path(__file__).parent / "tasks"
 # lm-eval's group `openllm` with its shots, but of TruthfulQA only MC2, which is what the leaderboard (v1) counts
 OPENLLM = {"arc_challenge": 25, "hellaswag": 10, "truthfulqa_mc2": 0, "mmlu": 5, "winogrande": 5, "gsm8k": 5}
 SUITES = {"demo": ("demo_match", "demo_rank", "demo_bpb"), "openllm": tuple(OPENLLM)}
+PARTS = ("results", "configs", "versions", "n-shot", "n-samples", "higher_is_better")  # of lm-eval's result
+ABSENT = ("ConnectionError", "OfflineModeIsEnabled", "DatasetNotFoundError", "ProxyError")  # data sets' errors
 GUESSABLE = ("acc", "acc_norm", "acc_bytes")  # metrics for which one of the choices is picked
 
 
@@ -131,7 +133,7 @@ def _load(names: Sequence[str], docs: Path) -> tuple[dict[str, Any], dict[str, A
         return loaded["tasks"], loaded.get("groups", {})
     # lm-eval lays changes over a known task only inside a group
     parts = [{"task": n, "dataset_kwargs": {"data_files": {"test": _documents(docs, n)}}} for n in names]
-    return _packaged_manager().load([{"group": "packaged", "task": parts}])["tasks"], {}
+    return _manager(packaged=True).load([{"group": "packaged", "task": parts}])["tasks"], {}
 
 
 def _prepare(task: Any, shots: int | None, seed: int) -> None:
@@ -162,10 +164,7 @@ def _finish(lm: Any, tasks: Mapping[str, Any], variant: Variant, recipe: recipes
         samples = sorted(result["samples"][name], key=lambda s: (s["doc_id"], s["filter"]))
         if not samples:
             raise HfsdError(f"{name}: no documents were evaluated")
-        raw = {
-            key: result[key][name]
-            for key in ("results", "configs", "versions", "n-shot", "n-samples", "higher_is_better")
-        }
+        raw = {part: result[part][name] for part in PARTS}
         raw["configs"] = _portable(raw["configs"])
         raw["task_hash"] = hash_string("".join(s["doc_hash"] + s["prompt_hash"] + s["target_hash"] for s in samples))
         raw |= {"chat_template": templated, "limit": recipe.limit, "fewshot_seed": recipe.seed}
@@ -306,18 +305,11 @@ def _backend(model: Any, tokenizer: Any, batch_tokens: int) -> Any:
 
 
 @functools.cache
-def _manager() -> TaskManager:
+def _manager(packaged: bool = False) -> TaskManager:
     from lm_eval.tasks import TaskManager
 
     with _quiet():
-        return TaskManager()
-
-
-@functools.cache
-def _packaged_manager() -> TaskManager:
-    from lm_eval.tasks import TaskManager
-
-    return TaskManager(include_path=PACKAGED, include_defaults=False)
+        return TaskManager(include_path=PACKAGED, include_defaults=False) if packaged else TaskManager()
 
 
 def _has_file(name: str) -> bool:
@@ -367,15 +359,7 @@ def _one_line(names: Sequence[str], variant: Variant) -> Iterator[None]:
         raise
     except Exception as error:
         what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        absent = type(error).__name__ in (
-            "ConnectionError",
-            "OfflineModeIsEnabled",
-            "DatasetNotFoundError",
-            "ProxyError",
-        )
-        hint = (
-            "its data is not in the cache and cannot be fetched; the suite `demo` needs no network"
-            if absent
-            else ("finished tasks are kept; run again to go on")
-        )
+        hint = "finished tasks are kept; run again to go on"
+        if type(error).__name__ in ABSENT:
+            hint = "its data is not in the cache and cannot be fetched; the suite `demo` needs no network"
         raise HfsdError(f"{', '.join(names)} on {variant.id} failed: {what}; {hint}") from error

@@ -221,7 +221,7 @@ def _write_shards(tensors: Sequence[tuple[str, Tensor]], target: Path) -> None:
     if len(shards) == 1:
         _write_file(shards[0], target / "model.safetensors")
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         _write_file(shard, target / file)

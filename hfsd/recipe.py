@@ -22,6 +22,23 @@ B = TypeVar("B", bound="Block")
 Positive = Annotated[int, Field(ge=1)]
 
 
+class Loader(yaml.SafeLoader):
+    """YAML 1.2's numbers: in 1.1, which PyYAML reads, 12:18 is 738, 1e-4 is a text, and 2026-01-01 is no text."""
+
+
+OLD_SCALARS = {f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "timestamp")}
+Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in OLD_SCALARS]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?\d+$"), list("-+0123456789"))
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?$"),  # what is an integer has been taken above
+    list("-+.0123456789"),
+)
+
+
 class Block(BaseModel):
     """A block of a recipe: unknown keys are faults, values are frozen."""
 
@@ -250,7 +267,7 @@ def source_text(name_or_path: str) -> tuple[str, str]:
         BadRequest: neither a file nor a packaged name.
     """
     path = Path(name_or_path)
-    if not path.suffix and (PACKAGED / f"{name_or_path}.yaml").is_file():
+    if name_or_path in packaged() and not path.is_file():
         path = PACKAGED / f"{name_or_path}.yaml"
     try:
         return path.read_text(encoding="utf-8"), str(name_or_path)
@@ -278,7 +295,7 @@ def load(name_or_path: str, sets: list[str] | None = None) -> tuple[Recipe, str]
 def parse(text: str, where: str = "recipe", sets: list[str] | None = None) -> Recipe:
     """The recipe in a YAML text. Raises BadRequest with every fault at once."""
     try:
-        data = yaml.safe_load(text)
+        data = yaml.load(text, Loader)
     except yaml.YAMLError as error:
         raise BadRequest(f"{where}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
@@ -320,7 +337,7 @@ def _set(data: dict[str, Any], item: str) -> None:
             raise BadRequest(f"--set {item}: '{parent}' is {step!r}, which has no fields")
         data = step
     try:
-        data[last] = yaml.safe_load(value)
+        data[last] = yaml.load(value, Loader)
     except yaml.YAMLError:
         raise BadRequest(f"--set {item}: {value!r} is not a YAML value; quote it") from None
 

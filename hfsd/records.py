@@ -381,7 +381,7 @@ def _build(kind: Any, data: Any) -> Any:
         return tuple(_build(args[0], v) for v in data)
     if origin is dict:
         return {_build(args[0], k): _build(args[1], v) for k, v in data.items()}
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         hints = typing.get_type_hints(kind)
         known = {f.name for f in dataclasses.fields(kind)}
         if unknown := set(data) - known:

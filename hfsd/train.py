@@ -30,13 +30,14 @@ COMPLETE = "COMPLETE"
 
 # LoRA on all linear layers with alpha = 2r, as the paper's fine-tuning does; lm_head and embeddings stay as they are.
 LORA = {"r": 16, "target_modules": "all-linear", "lora_dropout": 0.0, "task_type": "CAUSAL_LM"}
+MAX_LENGTH = 1024  # tokens
 SFT = {
     "num_train_epochs": 1,
     "per_device_train_batch_size": 8,
     "learning_rate": 2e-4,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 0.05,  # below 1: a share of all steps
-    "max_length": 1024,  # longer rows are left out of every arm, and counted
+    "max_length": MAX_LENGTH,  # longer rows are left out of every arm, and counted
     "logging_steps": 1,
     "packing": False,  # packed sequences see one another unless the attention keeps them apart, which not all do
     "report_to": "none",
@@ -92,7 +93,7 @@ def run(
 
     start = time.perf_counter()
     tokenizer = models.load_tokenizer(base)
-    rows, left_out = _rows(data, variant.arm, tokenizer, int(recipe.sft.get("max_length") or SFT["max_length"]))
+    rows, left_out = _rows(data, variant.arm, tokenizer, int(recipe.sft.get("max_length") or MAX_LENGTH))
     set_seed(recipe.seed)  # the adapter's random start is the same for every arm
     model = models.load(base)
     with track(f"train {variant.arm}", 1, "steps") as advance:

@@ -84,7 +84,7 @@ class Page:
 
     def _status(self, page: gr.Blocks) -> None:
         """The line that shows loading, asked for once a second until the models are there."""
-        line = gr.HTML(looks.loading(self.runtime.progress), elem_id="loading")
+        line = gr.HTML(looks.loading(self.runtime.progress), elem_id="loading", padding=False)
         timer = gr.Timer(1.0)
 
         def look() -> tuple[str, gr.Timer]:
@@ -103,9 +103,9 @@ class Page:
             elem_id="prompt",
         )
         with gr.Row(elem_id="buttons"):
-            ask = gr.Button("Ask", variant="primary", elem_id="ask", min_width=100)
-            stop = gr.Button("Stop", elem_id="stop", min_width=100)
-            clear = gr.Button("Clear", elem_id="clear", min_width=100)
+            ask = gr.Button("Ask", variant="primary", elem_id="ask", min_width=80)
+            stop = gr.Button("Stop", elem_id="stop", min_width=80)
+            clear = gr.Button("Clear", elem_id="clear", min_width=80)
         with gr.Accordion("Settings", open=False), gr.Row():
             most = self.spec.max_new_tokens
             tokens = gr.Slider(
@@ -119,9 +119,7 @@ class Page:
         show = gr.Checkbox(False, label="Show the pruned model, nothing trained", elem_id="show-pruned")
         with gr.Row(elem_classes="columns"):
             views = [self._column(v) for v in self.spec.ids]
-        reference = gr.Markdown(
-            visible=False, line_breaks=True, container=True, label="Reference answer", show_label=True
-        )
+        reference = gr.Markdown(visible=False, line_breaks=True, container=True)
         self._wire(views, prompt, (ask, stop, clear), [prompt, tokens, heat, seed, show], examples, reference)
 
     def _examples(self) -> gr.Dataset | None:
@@ -143,9 +141,9 @@ class Page:
         with gr.Column(
             min_width=270, elem_classes=classes, elem_id=f"column-{variant}", visible=arm != "pruned"
         ) as box:
-            gr.HTML(looks.head(variant, self.spec))
+            gr.HTML(looks.head(variant, self.spec), padding=False)
             text = gr.Markdown(elem_classes="words", line_breaks=True, sanitize_html=True)
-            foot = gr.HTML(looks.foot("not asked yet"))
+            foot = gr.HTML(looks.foot("not asked yet"), padding=False)
         return ColumnView(variant, box, text, foot)
 
     def _wire(
@@ -203,7 +201,11 @@ class Page:
                 looks.safe(example.answers.get(variant, "")),
                 looks.foot("recorded by the run" if known else "not recorded"),
             ]
-        return [example.prompt, *cells, gr.Markdown(looks.safe(example.reference), visible=True)]
+        return [
+            example.prompt,
+            *cells,
+            gr.Markdown(f"**Reference answer**\n\n{looks.safe(example.reference)}", visible=True),
+        ]
 
     def _cells(self, answers: dict[str, Answer]) -> list[str]:
         cells = []
@@ -237,11 +239,23 @@ def serve(spec: Spec, port: int | None, share: bool, open_browser: bool) -> None
         share=share,
         inbrowser=open_browser,
         ssr_mode=False,
-        theme=gr.themes.Default(primary_hue="blue", neutral_hue="slate"),
+        theme=_theme(),
         css=looks.css(spec.ids),
         footer_links=["api", "settings"],
         run_history=False,  # visitors' prompts are theirs
         show_error=True,
+    )
+
+
+def _theme() -> gr.themes.Base:
+    """The reader's own fonts, and quiet text dark enough to read: 4.5:1 on both backgrounds."""
+    fonts = {"font": ["ui-sans-serif", "system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+    theme = gr.themes.Default(primary_hue="blue", neutral_hue="slate", **fonts)
+    return theme.set(
+        body_text_color_subdued="*neutral_500",
+        body_text_color_subdued_dark="*neutral_400",
+        block_info_text_color="*neutral_500",
+        block_info_text_color_dark="*neutral_400",
     )
 
 

@@ -43,9 +43,12 @@ class Column:
         import torch
 
         start = now = time.perf_counter()
+        options = {"logits_to_keep": 1} if _keeps_logits(model) else {}
+        ends = _ends(model, self.tokenizer)
         with torch.inference_mode():
             while not self.done and (now == start or now - start < seconds):
-                self._step(model)
+                token = self._step(model, options)
+                self.done = token in ends or len(self.tokens) >= self.settings.max_new_tokens
                 now = time.perf_counter()
         self.seconds += now - start
         if self.done:
@@ -56,17 +59,16 @@ class Column:
         text = self.tokenizer.decode(self.tokens, skip_special_tokens=True).strip()
         return text if self.done else text.rstrip("\ufffd")
 
-    def _step(self, model: PreTrainedModel) -> None:
+    def _step(self, model: PreTrainedModel, options: dict[str, Any]) -> int:
         import torch
 
-        options = {"logits_to_keep": 1} if _keeps_logits(model) else {}
         seen = torch.tensor([self._next], device=model.device)  # [1, T]
         out = model(input_ids=seen, past_key_values=self._cache, use_cache=True, **options)
         self._cache = out.past_key_values
         token = self._pick(out.logits[0, -1])
         self.tokens.append(token)
         self._next = [token]
-        self.done = token in _ends(model, self.tokenizer) or len(self.tokens) >= self.settings.max_new_tokens
+        return token
 
     def _pick(self, logits: torch.Tensor) -> int:
         import torch

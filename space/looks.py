@@ -21,8 +21,8 @@ NAMES = {
 WHAT = {
     "original": "unpruned",
     "pruned": "nothing trained",
-    "sft": "tuned on the reference answers",
-    "self-distilled": "tuned on the original's own words",
+    "sft": "tuned on reference answers",
+    "self-distilled": "tuned on the original's words",
 }
 NEUTRAL = "#767676"  # 4.5:1 against white and against the dark page
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -31,12 +31,11 @@ CODE = re.compile(r"(```.*?(?:```|\Z)|`[^`\n]+`)", re.DOTALL)
 CSS = """
 .gradio-container { max-width: 1240px !important; margin: 0 auto; }
 .columns { flex-wrap: wrap; align-items: stretch; }
-.answer { border: 1px solid var(--border-color-primary); border-top: 5px solid var(--accent); border-radius: 8px;
-  padding: 14px; background: var(--background-fill-primary); gap: 8px; }
-.answer .who { display: flex; flex-wrap: wrap; align-items: baseline; gap: 2px 8px; }
+.columns > .answer { border: 1px solid var(--border-color-primary) !important;
+  border-top: 5px solid var(--accent) !important;
+  border-radius: 8px; padding: 14px; background: var(--block-background-fill); gap: 10px; }
 .answer .who h3 { margin: 0; font-size: 1.1rem; font-weight: 600; color: var(--body-text-color); }
-.answer .who .what, .answer .stats, .quiet { color: var(--body-text-color-subdued); font-size: .875rem; }
-.answer .who .what { flex-basis: 100%; }
+.answer .who div, .answer .stats, .quiet { color: var(--body-text-color-subdued); font-size: .875rem; }
 .answer .words { overflow-wrap: anywhere; min-height: 5rem; flex-grow: 1; }
 .answer .words pre { white-space: pre-wrap; }
 .answer .words h1, .answer .words h2, .answer .words h3, .answer .words h4 { font-size: 1rem; margin: .4rem 0; }
@@ -66,13 +65,10 @@ def name_of(variant: str, spec: Spec) -> str:
 def head(variant: str, spec: Spec) -> str:
     """The head of a column: name, parameters, and what was done to the model."""
     arm = arm_of(variant)
-    params = f"{count(spec.params[variant])} parameters" if variant in spec.params else ""
-    blocks = spec.n_layers if arm == "original" else len(spec.kept)
-    what = ", ".join(filter(None, (f"{blocks} blocks", WHAT.get(arm))))
-    return (
-        f'<div class="who"><h3>{html.escape(name_of(variant, spec))}</h3><span class="quiet">{params}</span>'
-        f'<span class="what">{html.escape(what)}</span></div>'
-    )
+    blocks = plural(spec.n_layers if arm == "original" else len(spec.kept), "block")
+    size = f"{count(spec.params[variant])} parameters, {blocks}" if variant in spec.params else blocks
+    lines = "".join(f"<div>{html.escape(line)}</div>" for line in (size, WHAT.get(arm, "")))
+    return f'<div class="who"><h3>{html.escape(name_of(variant, spec))}</h3>{lines}</div>'
 
 
 def stats(answer: Answer) -> str:
@@ -82,7 +78,8 @@ def stats(answer: Answer) -> str:
     if not answer.tokens:
         return foot("waiting for its turn")
     running = "" if answer.done else " …"
-    return foot(f"{plural(answer.tokens, 'token')}{running} · {answer.tokens_per_second:.1f} tokens/s")
+    silent = " · nothing to show" if answer.done and not answer.text else ""
+    return foot(f"{plural(answer.tokens, 'token')}{running} · {answer.tokens_per_second:.1f} tokens/s{silent}")
 
 
 def foot(text: str) -> str:
@@ -107,7 +104,7 @@ def loading(progress: Progress) -> str:
 def about(spec: Spec) -> str:
     """The About tab, as markdown."""
     lines = [
-        f"## What was removed\n{safe(spec.sentence)}",
+        f"## What was removed\n{safe(_sentence(spec.sentence))}",
         f"## What came of it\n{safe(spec.headline)}",
         "## The models",
     ]
@@ -134,6 +131,10 @@ def safe(text: str) -> str:
         plain = parts[i].replace("&", "&amp;").replace("<", "&lt;").replace("![", "!\\[")
         parts[i] = re.sub(r"^(#{1,6})(?=\s*[-$\d])", r"\\\1", plain, flags=re.MULTILINE)
     return "".join(parts)
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:].rstrip('.')}."
 
 
 def _where(repo: str | None, kind: str) -> str:

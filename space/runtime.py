@@ -17,6 +17,7 @@ from decode import Column, Settings
 from hfsd import data, hub, models, records
 from hfsd.errors import BadRequest, HfsdError
 from hfsd.family import Family
+from hfsd.markdown import without_paths
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -146,7 +147,7 @@ class Runtime:
             self.family = self._family(original, folders)
             self.progress = Progress(steps, steps, "ready")
         except Exception as error:  # a page that says why is better than a process that ends
-            self.progress = Progress(self.progress.step, steps, self.progress.doing, error=_why(error))
+            self.progress = Progress(self.progress.step, steps, self.progress.doing, error=without_paths(_why(error)))
         finally:
             self.settled.set()
 
@@ -222,7 +223,7 @@ class Runtime:
         try:
             return attempt()
         except HfsdError as error:
-            self.failed[variant] = _why(error)
+            self.failed[variant] = without_paths(_why(error))  # shown to visitors
             return None
 
 

@@ -108,7 +108,7 @@ def test_original_from_a_gguf_states_quantisation_and_source():
     card = cards.model_card(
         made(original=GGUF), "original", REPOS, {"quantization": "Q4_1", "source": "wheel tiny 0.1"}
     )
-    assert "quantised (Q4_1)" in card and "wheel tiny 0.1" in card and "unpruned original" in card
+    assert "That file is quantised: Q4_1." in card and "wheel tiny 0.1" in card and "unpruned original" in card
     assert "What was removed" not in card and "assistant_model" not in card
 
 

@@ -1,0 +1,90 @@
+"""Config surgery, names, refusals, and the cut view that shares the original's tensors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hfsd import models, surgery
+from hfsd.errors import BadRequest, Refusal
+from hfsd.family import Family
+
+kept_of_8 = st.sets(st.integers(0, 7), min_size=1).map(lambda s: tuple(sorted(s)))
+
+
+@given(kept_of_8)
+def test_config_lists_follow_the_blocks(kept: tuple[int, ...]) -> None:
+    config = {
+        "num_hidden_layers": 8,
+        "layer_types": [f"t{i}" for i in range(8)],
+        "mlp_only_layers": [1, 5],
+        "first_k_dense_replace": 3,
+        "eos_token_id": list(range(8)),
+        "quantization_config": {"ignore": ["model.layers.2.mlp", "lm_head"]},
+    }
+    cut = surgery.cut_config(config, kept, 8)
+    assert cut["num_hidden_layers"] == len(kept)
+    assert cut["layer_types"] == [f"t{i}" for i in kept]
+    assert [kept[i] for i in cut["mlp_only_layers"]] == [i for i in (1, 5) if i in kept]
+    assert cut["first_k_dense_replace"] == len([i for i in kept if i < 3])
+    assert cut["eos_token_id"] == list(range(8)) and config["num_hidden_layers"] == 8
+    named = [f"model.layers.{kept.index(2)}.mlp"] if 2 in kept else []
+    assert cut["quantization_config"]["ignore"] == [*named, "lm_head"]
+
+
+@given(kept_of_8, st.integers(0, 7))
+def test_tensor_names(kept: tuple[int, ...], block: int) -> None:
+    new = surgery.cut_name(f"model.layers.{block}.mlp.up_proj.weight", "model.layers", kept)
+    assert new == (f"model.layers.{kept.index(block)}.mlp.up_proj.weight" if block in kept else None)
+    assert surgery.cut_name("model.norm.weight", "model.layers", kept) == "model.norm.weight"
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"model_type": "t5", "is_encoder_decoder": True}, "encoder-decoder"),
+        ({"model_type": "gemma3n", "num_kv_shared_layers": 10}, "reuse the keys and values"),
+        ({"model_type": "jamba", "attn_layer_period": 4}, "every 4th block differs"),
+    ],
+)
+def test_what_cannot_be_cut_soundly_is_refused_by_name(config: dict, reason: str) -> None:
+    with pytest.raises(Refusal, match=f"{config['model_type']}.*{reason}"):
+        surgery.refuse_unsound(config, (0, 1, 4, 5, 6, 7), 8)
+
+
+def test_a_pattern_over_blocks_is_refused() -> None:
+    config = {"num_hidden_layers": 4, "quantization_config": {"ignore": [r"re:model\.layers\.[0-2]\.mlp"]}}
+    with pytest.raises(Refusal, match="cannot be renumbered"):
+        surgery.cut_config(config, (0, 1), 4)
+
+
+def test_plans_of_ranges() -> None:
+    assert surgery.plan_removing(5, 1, 3, "").kept == (0, 3, 4)
+    for start, stop, message in ((3, 6, "not within"), (2, 2, "not within"), (0, 5, "at least one must stay")):
+        with pytest.raises(BadRequest, match=message):
+            surgery.plan_removing(5, start, stop, "")
+
+
+def test_a_view_shares_every_tensor_and_leaves_the_original_alone(model_folder: Path) -> None:
+    import torch
+
+    model = models.load(model_folder)
+    ids = torch.arange(16)[None]
+    with torch.inference_mode():
+        before = model(ids).logits.clone()
+        family = Family(model, (0, 1, 4, 5), {})
+        with family.use("pruned") as pruned:
+            cut = pruned(ids).logits
+            with_cache = pruned.generate(ids, max_new_tokens=6, do_sample=False, use_cache=True)
+            without = pruned.generate(ids, max_new_tokens=6, do_sample=False, use_cache=False)
+        assert torch.equal(before, model(ids).logits)
+    assert not torch.equal(before, cut) and torch.equal(with_cache, without)
+    own = {p.data_ptr() for p in model.parameters()}
+    assert {p.data_ptr() for p in family.pruned.parameters()} <= own
+    assert len(model.model.layers) == model.config.num_hidden_layers == 6
+    assert family.params("pruned") < family.params("original")
+    with pytest.raises(BadRequest, match="no variant 'sft' here; there are original, pruned"), family.use("sft"):
+        pass
