@@ -187,7 +187,7 @@ class Page:
         """The runtime's answers; its refusals as Gradio's, which reach the page and the client alike."""
         try:
             self.runtime.check(prompt, settings)
-            self.runtime.settled.wait()
+            self.runtime.settled.wait()  # here too: inside of stream it would be paid as GPU time
             yield from self.stream(prompt, settings, variants)
         except HfsdError as error:
             raise gr.Error(html.escape(str(error)), title="Not answered", print_exception=False) from error
@@ -271,6 +271,9 @@ def main() -> int:
     except HfsdError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:  # Gradio's word for a port that is taken
+        print(f"error: {error}; give another --port", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -31,9 +31,10 @@ CODE = re.compile(r"(```.*?(?:```|\Z)|`[^`\n]+`)", re.DOTALL)
 CSS = """
 .gradio-container { max-width: 1240px !important; margin: 0 auto; }
 .columns { flex-wrap: wrap; align-items: stretch; }
-.columns > .answer { border: 1px solid var(--border-color-primary) !important;
-  border-top: 5px solid var(--accent) !important;
+.columns > .answer { border-style: solid; border-width: 5px 1px 1px;
+  border-color: var(--accent) var(--border-color-primary) var(--border-color-primary);
   border-radius: 8px; padding: 14px; background: var(--block-background-fill); gap: 10px; }
+.answer .html-container, #loading .html-container { padding: 0 !important; }
 .answer .who h3 { margin: 0; font-size: 1.1rem; font-weight: 600; color: var(--body-text-color); }
 .answer .who div, .answer .stats, .quiet { color: var(--body-text-color-subdued); font-size: .875rem; }
 .answer .words { overflow-wrap: anywhere; min-height: 5rem; flex-grow: 1; }
@@ -96,8 +97,7 @@ def loading(progress: Progress) -> str:
         return '<div class="loading quiet" role="status">Models are loaded.</div>'
     return (
         f'<div class="loading" role="status"><progress aria-label="models loaded" value="{progress.step}" '
-        f'max="{progress.steps}"></progress>Loading models: {html.escape(progress.doing)} '
-        f"({progress.step} of {progress.steps})</div>"
+        f'max="{progress.steps}"></progress>Loading models: {html.escape(progress.doing)}</div>'
     )
 
 

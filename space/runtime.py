@@ -29,7 +29,7 @@ MAX_PROMPT_CHARS = 4000
 MAX_TEMPERATURE = 2.0
 # How long a column decodes before the next one has its turn: short enough to look simultaneous, long enough that
 # switching adapters costs little.
-TURN_SECONDS = 0.15
+TURN_SECONDS = 0.25
 
 
 @dataclass(frozen=True)

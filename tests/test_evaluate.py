@@ -84,6 +84,27 @@ def test_log_likelihoods_equal_lm_evals_own(model: Any, batch_tokens: int) -> No
     assert rolling[1] == pytest.approx(rolling[0], abs=1e-3)  # sums over a thousand tokens
 
 
+def test_a_large_vocabulary_is_scored_as_lm_eval_does() -> None:
+    """In float32, how a softmax over 50,000 logits is summed shows in the fifth digit of every token."""
+    import torch
+    from lm_eval.models.huggingface import HFLM
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from hfsd.lm import SharedContextLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=50_000, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+    )
+    wide = LlamaForCausalLM(config)
+    with torch.no_grad():
+        wide.lm_head.weight.mul_(100)  # logits as spread as a trained model's
+    requests = [("context", choice * 60) for choice in (" one", " two")]
+    lms = (HFLM(pretrained=wide, tokenizer=tiny.tokenizer()), SharedContextLM(wide, tiny.tokenizer()))
+    wanted, found = ([a for a, _ in lm.loglikelihood(instances(requests), disable_tqdm=True)] for lm in lms)
+    assert found == pytest.approx(wanted, abs=1e-4)
+
+
 def test_a_greedy_continuation_is_seen(model: Any) -> None:
     """Both backends say that a text is what the model would write, also when it is a fork and not the stem."""
     import torch

@@ -1,0 +1,90 @@
+"""SIGKILL while rewriting and while training: the next run continues and ends as an undisturbed one does."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hfsd import pipeline
+from hfsd import recipe as recipes
+from tests import tiny
+
+SLOW = {"rewrite__batch_rows": 2, "rewrite__temperature": 0.7, "rewrite__max_new_tokens": 24}
+STEPS = {"train__sft": {"per_device_train_batch_size": 2, "save_steps": 1}}
+
+
+@pytest.fixture(scope="module")
+def recipe(model_folder: Path):  # noqa: ANN201 - a Recipe; importing it here would cost the fast tests
+    return tiny.recipe(model_folder, **SLOW, **STEPS)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pipeline.run(recipe, out=tmp_path_factory.mktemp("undisturbed") / "tiny", until="train")
+
+
+def _kill_when(seen, recipe, root: Path) -> None:
+    """Starts `hfsd run` and kills it as soon as `seen()` is true."""
+    file = root.parent / "recipe.yaml"
+    file.write_text(yaml.safe_dump(recipes.dump(recipe)))
+    command = [sys.executable, "-c", "from hfsd.cli import main; main()", "run", str(file), "--out", str(root)]
+    with open(root.parent / "log", "w") as log:
+        started = subprocess.Popen([*command, "--until", "train"], stdout=log, stderr=log)
+    try:
+        end = time.monotonic() + 240
+        while not seen():
+            assert started.poll() is None, (
+                f"ended before it could be killed: {(root.parent / 'log').read_text()[-2000:]}"
+            )
+            assert time.monotonic() < end
+            time.sleep(0.002)
+    finally:
+        started.send_signal(signal.SIGKILL)
+        started.wait()
+
+
+def _content(root: Path, stage: str) -> str:
+    return json.loads((root / stage / "DONE.json").read_text())["content"]
+
+
+def test_killed_while_rewriting(recipe, undisturbed: Path, tmp_path: Path) -> None:
+    root = tmp_path / "tiny"
+    log = root / "rewrite" / "work" / "batches.jsonl"
+    _kill_when(lambda: log.is_file() and log.read_bytes().count(b"\n") >= 2, recipe, root)
+    assert not (root / "rewrite" / "DONE.json").exists()
+    made = log.read_bytes()
+    log.write_bytes(made + b'{"batch": 3, "completions": [{"id"')  # what a kill in mid-write leaves
+    pipeline.run(recipe, out=root, until="rewrite")
+    assert _content(root, "rewrite") == _content(undisturbed, "rewrite")
+    assert _content(root, "prune") == _content(undisturbed, "prune")
+    rows = [json.loads(line) for line in (root / "rewrite" / "rewrites.jsonl").read_text().splitlines()]
+    assert len({r["id"] for r in rows}) == 12
+    assert not (root / "rewrite" / "work").exists()
+
+
+def test_killed_while_training(recipe, undisturbed: Path, tmp_path: Path) -> None:
+    root = tmp_path / "tiny"
+    arm = "train/self-distilled-gsm-symbolic"
+    _kill_when(lambda: (root / arm / "work" / "checkpoint-2" / "COMPLETE").is_file(), recipe, root)
+    assert (root / "train/sft-gsm-symbolic/DONE.json").is_file() and not (root / arm / "DONE.json").exists()
+    (root / arm / "work" / "checkpoint-9").mkdir()  # one that was being written when the kill came
+    pipeline.run(recipe, out=root, until="train")
+    expected, got = (json.loads((r / arm / "train.json").read_text()) for r in (undisturbed, root))
+    assert [s for s, _ in got["losses"]] == [s for s, _ in expected["losses"]] == [1, 2, 3, 4, 5, 6]
+    assert [v for _, v in got["losses"]] == pytest.approx([v for _, v in expected["losses"]], abs=1e-4)
+    assert got["fairness"] == expected["fairness"] and got["tokens"] == expected["tokens"]
+
+
+def test_two_runs_at_once(tiny_run: Path, model_folder: Path) -> None:
+    from hfsd.errors import Refusal
+    from hfsd.rundir import lock
+
+    with lock(tiny_run), pytest.raises(Refusal, match="is in use by process"):
+        pipeline.run(tiny.recipe(model_folder), out=tiny_run)
