@@ -80,7 +80,7 @@ def stats(answer: Answer) -> str:
         return foot("waiting for its turn")
     running = "" if answer.done else " …"
     silent = " · nothing to show" if answer.done and not answer.text else ""
-    return foot(f"{plural(answer.tokens, 'token')}{running} · {answer.tokens_per_second:.1f} tokens/s{silent}")
+    return foot(f"{plural(answer.tokens, 'token')} · {answer.tokens_per_second:.1f} tokens/s{running}{silent}")
 
 
 def foot(text: str) -> str:

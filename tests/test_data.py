@@ -93,7 +93,7 @@ def test_duplicates_leave_and_generated_rows_repeat(tmp_path: Path) -> None:
     st.integers(0, 5),
     st.randoms(),
 )
-def test_no_template_straddles_a_split(pairs: list[tuple[int, int]], seed: int, rng) -> None:  # noqa: ANN001
+def test_no_template_straddles_a_split(pairs: list[tuple[int, int]], seed: int, rng) -> None:
     rows = [Example(f"{g}-{i}", str(i), str(g), f"g{g}") for g, i in pairs]
     asked = Data(source="x.jsonl", seed=seed)
     if len({r.group for r in rows}) < 5:

@@ -21,7 +21,7 @@ STEPS = {"train__sft": {"per_device_train_batch_size": 2, "save_steps": 1}}
 
 
 @pytest.fixture(scope="module")
-def recipe(model_folder: Path):  # noqa: ANN201 - a Recipe; importing it here would cost the fast tests
+def recipe(model_folder: Path):
     return tiny.recipe(model_folder, **SLOW, **STEPS)
 
 

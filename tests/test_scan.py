@@ -17,7 +17,7 @@ ROWS = [Example(f"r{i}", p["question"], p["answer"]) for i, p in enumerate(tiny.
 ASKED = ScanRecipe(rows=6, verify_rows=3, max_length=256, batch_tokens=600, candidates=2)
 
 
-def _streams(model, ids):  # noqa: ANN001, ANN202
+def _streams(model, ids):
     """The stream entering each block and the one before the final norm, by running the blocks one after another."""
     import torch
 
