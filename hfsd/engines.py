@@ -146,8 +146,10 @@ class Remote:
 
 def _worth_retrying(error: Exception) -> bool:
     """429, 5xx, time-outs and connection faults may pass; anything else will not."""
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError, InferenceTimeoutError
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError, InferenceTimeoutError, OfflineModeIsEnabled
 
+    if isinstance(error, OfflineModeIsEnabled):
+        return False
     if isinstance(error, HfHubHTTPError) and error.response is not None:
         return error.response.status_code == 429 or error.response.status_code >= 500
     return isinstance(error, InferenceTimeoutError | HTTPError | ConnectionError | TimeoutError)
