@@ -180,8 +180,12 @@ class Page:
         settings = Settings(int(tokens), float(heat), int(seed or 0))
         hidden = gr.Markdown(visible=False)
         yield [*self._cells(dict.fromkeys(variants, Answer())), hidden]
-        for answers in self._spoken(prompt, settings, variants):
-            yield [*self._cells(answers), hidden]
+        try:
+            for answers in self._spoken(prompt, settings, variants):
+                yield [*self._cells(answers), hidden]
+        except gr.Error:
+            yield [*self._cells({}), hidden]  # nobody waits for a turn any more
+            raise
 
     def _spoken(self, prompt: str, settings: Settings, variants: list[str]) -> Iterator[dict[str, Answer]]:
         """The runtime's answers; its refusals as Gradio's, which reach the page and the client alike."""
@@ -190,7 +194,7 @@ class Page:
             self.runtime.settled.wait()  # here too: inside of stream it would be paid as GPU time
             yield from self.stream(prompt, settings, variants)
         except HfsdError as error:
-            raise gr.Error(html.escape(str(error)), title="Not answered", print_exception=False) from error
+            raise gr.Error(html.escape(str(error)), print_exception=False) from error
 
     def _recorded(self, at: int) -> list[Any]:
         example = self.spec.examples[at]
