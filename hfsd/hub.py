@@ -25,8 +25,11 @@ def is_repo_id(text: str) -> bool:
     return True
 
 
-def snapshot(repo: str, revision: str | None) -> tuple[Path, str]:
+def snapshot(repo: str, revision: str | None, subfolder: str | None = None) -> tuple[Path, str]:
     """A model's files in the local cache, and the commit they are of.
+
+    Args:
+        subfolder: fetch this folder of the repo only (an adapter beside merged weights).
 
     Raises:
         BadRequest: no such repo or revision, or a gated one.
@@ -35,7 +38,8 @@ def snapshot(repo: str, revision: str | None) -> tuple[Path, str]:
     from huggingface_hub import snapshot_download
 
     with _spoken(f"model {repo}{f'@{revision}' if revision else ''}"):
-        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=WANTED))
+        wanted = [f"{subfolder}/*"] if subfolder else WANTED
+        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
     return folder, folder.name  # the cache names a snapshot's folder by its commit
 
 

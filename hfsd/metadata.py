@@ -17,6 +17,7 @@ from hfsd.text import label
 _NAME = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?"
 REPO_ID = re.compile(rf"(?=.{{1,96}}$)(?!.*(?:--|\.\.)){_NAME}(?:/{_NAME})?")
 COMMIT = re.compile(r"[0-9a-f]{40}")
+GRADIO = "6.31.0"  # as pinned in space/requirements.txt
 RELATIONS = ("adapter", "merge", "quantized", "finetune")
 # Identifiers of https://huggingface.co/docs/hub/repositories-licenses that models and data sets commonly carry.
 _LICENSES = """
@@ -139,7 +140,7 @@ def of_space(results: Results, repos: Mapping[str, str]) -> str:
         colorFrom="blue",
         colorTo="green",
         sdk="gradio",
-        sdk_version="6.31.0",
+        sdk_version=GRADIO,
         python_version="3.12",  # a string: YAML would read a bare 3.10 as 3.1
         app_file="app.py",
         pinned=False,

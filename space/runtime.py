@@ -47,7 +47,7 @@ class Place:
             return (base / self.path).resolve()
         if self.repo is None:
             raise BadRequest("family.json: a place needs a path or a repo")
-        here, _ = hub.snapshot(self.repo, self.revision)
+        here, _ = hub.snapshot(self.repo, self.revision, self.subfolder)
         return here / self.subfolder if self.subfolder else here
 
 

@@ -285,3 +285,10 @@ def test_page_in_a_browser(served: Served, tmp_path: Path, theme: str) -> None:
     assert not faults
     outside = {url for url in asked if not url.startswith((served.url, "data:", "blob:"))}
     assert not outside, "the page asks nobody else"
+
+
+def test_the_card_asks_for_the_gradio_that_is_pinned():
+    from hfsd import metadata
+
+    pinned = (Path(__file__).parents[1] / "space" / "requirements.txt").read_text()
+    assert f"gradio=={metadata.GRADIO}" in pinned.splitlines()
