@@ -210,17 +210,20 @@ def space(
     port: Annotated[int, typer.Option("--port", help="Port on 127.0.0.1.")] = 7860,
     share: Annotated[bool, typer.Option("--share", help="Ask Gradio for a public link.")] = False,
     open_page: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
+    as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Serve the staged Space of a finished run on this machine."""
-    with spoken(debug, False):
+    with spoken(debug, as_json) as say:
         from hfsd import pipeline
 
         folder = pipeline.staged_space(run)
-        options = ["--port", str(port)] + ["--share"] * share + ["--open"] * open_page
-        os.chdir(folder)
-        # In place of this process, so that Ctrl-C reaches the page.
-        os.execv(sys.executable, [sys.executable, "app.py", *options])
+        say(folder=str(folder), url=f"http://127.0.0.1:{port}")
+    options = ["--port", str(port)] + ["--share"] * share + ["--open"] * open_page
+    os.chdir(folder)
+    sys.stdout.flush()
+    # In place of this process, so that Ctrl-C reaches the page.
+    os.execv(sys.executable, [sys.executable, "app.py", *options])
 
 
 @app.command()
@@ -228,31 +231,36 @@ def init(
     model: ModelArg,
     data: DataArg,
     blocks: Annotated[int, typer.Option("--blocks", help="How many blocks to remove.")] = 6,
+    as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Print a commented recipe for a model and a data set, to be redirected into a file."""
-    with spoken(debug, False):
+    with spoken(debug, as_json) as say:
         from hfsd import starter
 
-        print(starter.recipe_for(model, data, blocks), end="")
+        text = starter.recipe_for(model, data, blocks)
+        if not as_json:
+            print(text, end="")
+        say(recipe=text)
 
 
 @app.command()
 def recipe(
     name: Annotated[str | None, typer.Argument(help="Name of a packaged recipe; none: list them.")] = None,
+    as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Print a packaged recipe, or the names of all."""
-    with spoken(debug, False):
+    with spoken(debug, as_json) as say:
         from hfsd import recipe as recipes
 
         known = recipes.packaged()
-        if name is None:
-            print("\n".join(known))
-        elif name not in known:
+        if name is not None and name not in known:
             raise BadRequest(f"no packaged recipe '{name}'{nearest(name, known)}; there are {', '.join(known)}")
-        else:
-            print(recipes.source_text(name)[0], end="")
+        text = "\n".join(known) + "\n" if name is None else recipes.source_text(name)[0]
+        if not as_json:
+            print(text, end="")
+        say(recipes=known, **({} if name is None else {"recipe": text}))
 
 
 def main() -> None:

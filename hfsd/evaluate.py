@@ -202,7 +202,9 @@ def _rows(name: str, raw: Mapping[str, Any], samples: Sequence[Mapping[str, Any]
 
 
 def _chance(config: Mapping[str, Any], metric: str, samples: Sequence[Mapping[str, Any]]) -> float | None:
-    """The score of guessing: 1 / choices, averaged over documents; None where choices are not picked from."""
+    """The score of guessing: 1 / choices, averaged over documents; 0 for a text that has to match; None elsewhere."""
+    if config.get("output_type") == "generate_until" and metric == "exact_match":
+        return 0.0
     if config.get("output_type") != "multiple_choice" or metric not in GUESSABLE:
         return None
     shares = []

@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from hfsd import recipe as recipes
-from hfsd.errors import BadRequest, nearest
+from hfsd.errors import BadRequest, HfsdError, nearest
 from hfsd.recipe import Recipe
 from hfsd.records import Receipt, Results, Variant, load
 from hfsd.rundir import Stage, append_log, lock, write_atomic, write_manifest
@@ -174,7 +174,7 @@ def preflight(recipe: Recipe) -> None:
     Raises:
         BadRequest: every fault, one line each; no weight has been loaded.
     """
-    from hfsd import data, evaluate, models, train
+    from hfsd import data, evaluate, hub, models, train
 
     faults: list[str] = []
     source = recipe.data.source
@@ -192,6 +192,11 @@ def preflight(recipe: Recipe) -> None:
         elif not Path(path).is_dir():
             faults.append(f"train.adapter_from.{arm}: no folder {path}")
     faults += train.check_fields(recipe.train)
+    if recipe.publish.to != "folder":
+        try:
+            hub.whoami()
+        except HfsdError as error:  # told now, and not after hours of work
+            faults.append(f"publish.to: {error}")
     faults += [f"evaluate.tasks: {fault}" for fault in evaluate.check_tasks(list(recipe.evaluate.tasks))]
     try:
         n_layers = models.depth_of(recipe.model)

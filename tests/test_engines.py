@@ -1,4 +1,4 @@
-"""Engines: transformers equals generate one by one; an OpenAI-compatible server that fails, throttles and comes back."""
+"""Engines: batches equal single rows; an OpenAI-compatible server that fails, throttles and comes back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What publish stages and uploads: stock checkpoints, adapters, data set, Space; the round trip over the loopback Hub."""
+"""What publish stages and uploads, and the round trip over the loopback Hub."""
 
 from __future__ import annotations
 
@@ -84,7 +84,8 @@ base = AutoModelForCausalLM.from_pretrained("tester/{stem}")
 tuned = PeftModel.from_pretrained(base, repo, subfolder="adapter")
 assert tuned.peft_config["default"].base_model_name_or_path == "tester/{stem}"
 assert torch.allclose(logits(tuned), logits(AutoModelForCausalLM.from_pretrained(repo)), atol=1e-4)
-sets = {{c: load_dataset("tester/gsm-symbolic-rewritten-by-tiny-llama", c, split="train") for c in ("sft", "self-distilled")}}
+data = "tester/gsm-symbolic-rewritten-by-tiny-llama"
+sets = {{c: load_dataset(data, c, split="train") for c in ("sft", "self-distilled")}}
 assert sets["sft"]["id"] == sets["self-distilled"]["id"] and len(sets["sft"]) == 12
 assert sets["sft"][0]["prompt"][0]["role"] == "user"
 print("ROUND TRIP")
