@@ -302,14 +302,19 @@ def print_results(results: Results, root: Path) -> None:
 
     from hfsd.text import headline, notes, table
 
-    head, *lines = table(results)
-    shown = Table(*head, title=headline(results), title_justify="left", title_style="bold")
-    for line in lines:
-        shown.add_row(*line)
-    console = Console()
+    console = Console(highlight=False, markup=False)
+    console.print(f"\n{headline(results)}\n", style="bold")
+    # One column per variant: four scores with their intervals fit into 80 characters, nine of them would not.
+    _, *figures = zip(*table(results), strict=True)
+    shown = Table(show_lines=True, padding=0)
+    shown.add_column(overflow="fold")
+    for line in results.variants:
+        shown.add_column("\n".join([line.variant.arm, line.variant.data or ""]).strip(), overflow="fold")
+    for name, *values in figures:
+        shown.add_row(name, *(value.replace(" [", "\n[") for value in values))
     console.print(shown)
     for note in notes(results):
-        console.print(note, highlight=False, markup=False)
+        console.print(f"- {note}")
     arms = [v.variant.id for v in results.variants if v.variant.arm not in ("original", "pruned")]
     print(
         f"\nreport    {root / 'report' / 'report.md'}\nmodels    {root / 'publish'}\nrecipe    {root / 'recipe.yaml'}"

@@ -192,7 +192,7 @@ def loss(training: Sequence[TrainReport]) -> Figure:
     axes.set_ylabel("training loss (nats per completion token)")
     axes.set_title("Training loss; the arms learn different answers, so that their levels do not compare")
     axes.grid(color="#E4E4E4", linewidth=0.8)
-    axes.legend(loc="upper right", edgecolor="none", framealpha=0.9)
+    axes.legend(loc="lower left", edgecolor="none", framealpha=0.9)
     axes.set_ylim(bottom=0)
     _whole_numbers(axes.xaxis)
     return figure

@@ -165,7 +165,7 @@ def _training(results: Results, pictures: Sequence[str]) -> list[str]:
         ["last loss (nats per token)", *(f"{t.losses[-1][1]:.3f}" if t.losses else "-" for t in results.training)],
         ["LoRA parameters", *(count(t.lora_params) for t in results.training)],
         ["time", *(duration(t.seconds) for t in results.training)],
-        ["peak memory", *(size(t.peak_bytes) for t in results.training)],
+        ["peak memory of the process so far", *(size(t.peak_bytes) for t in results.training)],
     ]
     return [
         "## Training",

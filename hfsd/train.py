@@ -46,7 +46,7 @@ SFT = {
 # What a run owns; a recipe that sets them would break resuming, or the comparison.
 OWNED = (
     "output_dir",
-    "overwrite_output_dir",
+    "logging_nan_inf_filter",
     "seed",
     "data_seed",
     "use_cpu",
@@ -208,6 +208,7 @@ def _trainer(
         "seed": recipe.seed,
         "data_seed": recipe.seed,
         "disable_tqdm": True,
+        "logging_nan_inf_filter": False,  # the default logs the running mean in place of a loss that is not finite
     }
     lora = {**LORA, **recipe.lora}
     lora.setdefault("lora_alpha", 2 * lora["r"])
