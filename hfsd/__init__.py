@@ -1,7 +1,8 @@
 """Prune decoder blocks out of a language model and bring its quality back by self-data distillation.
 
-`hfsd.run("recipe.yaml")` goes the whole way. Each stage is one function: `hfsd.scan`, `hfsd.prune`, `hfsd.rewrite`,
-`hfsd.train`, `hfsd.evaluate`, `hfsd.compare`, `hfsd.report`, `hfsd.publish` are modules with a `run` or `write`.
+`hfsd.run("recipe.yaml")` goes the whole way; `hfsd.results(run)` reads what it found and `hfsd.push(run, "NAME")`
+publishes it. Each stage is one function: `hfsd.scan.run`, `hfsd.prune.run`, `hfsd.rewrite.run`, `hfsd.train.run`,
+`hfsd.evaluate.run`, `hfsd.compare.run`, `hfsd.report.write`, `hfsd.publish.run`.
 Everything is imported when it is first used, so that `import hfsd` costs nothing.
 """
 
@@ -12,19 +13,22 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hfsd.family import Family
-    from hfsd.pipeline import results, run
+    from hfsd.pipeline import push, results, run
 
 __version__ = "0.1.0"
-__all__ = ["Family", "__version__", "results", "run"]
+STAGES = ("scan", "prune", "rewrite", "train", "evaluate", "compare", "report", "publish")
+__all__ = ["Family", "__version__", "push", "results", "run"]
 
-_HOMES = {"run": "hfsd.pipeline", "results": "hfsd.pipeline", "Family": "hfsd.family"}
+_HOMES = {"run": "pipeline", "results": "pipeline", "push": "pipeline", "Family": "family"}
 
 
 def __getattr__(name: str) -> Any:
+    if name in STAGES:
+        return importlib.import_module(f"hfsd.{name}")
     if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
+        return getattr(importlib.import_module(f"hfsd.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'hfsd' has no attribute '{name}'")
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return [*__all__, *STAGES]

@@ -39,12 +39,13 @@ Out = Annotated[Path | None, typer.Option("--out", help="Run directory (default:
 NewFolder = Annotated[Path, typer.Option("--out", help="Folder for the result; must not hold another one.")]
 ModelArg = Annotated[str, typer.Argument(help="Hub id, folder, *.gguf file, or package:DIST==VERSION/FILE.")]
 DataArg = Annotated[str, typer.Argument(help="gym:NAME, a .jsonl/.json/.csv/.parquet file, or a Hub dataset id.")]
+RecipeArg = Annotated[str, typer.Argument(help="A recipe file, or a packaged name (see `hfsd recipe`).")]
 RunArg = Annotated[Path, typer.Argument(help="A finished run directory, such as runs/demo.")]
 
 
 @app.command()
 def run(
-    recipe: Annotated[str, typer.Argument(help="A recipe file, or a packaged name (see `hfsd recipe`).")],
+    recipe: RecipeArg,
     sets: Sets = None,
     out: Out = None,
     until: Annotated[str | None, typer.Option(help="Stop after this stage.")] = None,
@@ -133,46 +134,30 @@ def rewrite(
             "model": model,
             "data": {"source": data, "rows": rows},
             "rewrite": {"task": task},
-            "prune": {"remove": "0:1"},
+            "prune": {"remove": "0:1"},  # a recipe names a cut; rewriting does not depend on it
         }
         root = _run_stage(out, asked, sets, "rewrite")
         say(**json.loads((root / "rewrite" / "stats.json").read_text(encoding="utf-8")))
 
 
-@app.command()
-def train(
-    recipe: Annotated[str, typer.Argument(help="A recipe file or packaged name.")],
-    sets: Sets = None,
-    out: Out = None,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Run a recipe up to and including the training of its arms."""
-    _until("train", recipe, sets, out, as_json, debug)
+def _up_to(command: str, stage: str, what: str) -> None:
+    """Adds a command that runs a recipe up to and including one stage."""
+
+    @app.command(name=command, help=f"Run a recipe up to and including {what}.")
+    def run_up_to(
+        recipe: RecipeArg, sets: Sets = None, out: Out = None, as_json: Json = False, debug: Debug = False
+    ) -> None:
+        with spoken(debug, as_json) as say:
+            from hfsd import pipeline
+
+            root = pipeline.run(recipe, sets, out, until=stage)
+            print(f"{stage} is done in {root}")
+            say(run=str(root), until=stage)
 
 
-@app.command(name="eval")
-def evaluate(
-    recipe: Annotated[str, typer.Argument(help="A recipe file or packaged name.")],
-    sets: Sets = None,
-    out: Out = None,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Run a recipe up to and including the evaluation of its variants."""
-    _until("evaluate", recipe, sets, out, as_json, debug)
-
-
-@app.command()
-def compare(
-    recipe: Annotated[str, typer.Argument(help="A recipe file or packaged name.")],
-    sets: Sets = None,
-    out: Out = None,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Run a recipe up to and including the comparison of its variants with the original."""
-    _until("compare", recipe, sets, out, as_json, debug)
+_up_to("train", "train", "the training of its arms")
+_up_to("eval", "evaluate", "the evaluation of its variants")
+_up_to("compare", "compare", "the comparison of its variants with the original")
 
 
 @app.command()
@@ -359,15 +344,6 @@ def _run_stage(out: Path, asked: dict[str, Any], sets: list[str] | None, until: 
 
     made: Recipe = recipes.validate({"name": recipes.slug(out.name), **asked}, "arguments", sets)
     return pipeline.run(made, out=out, until=until)
-
-
-def _until(stage: str, recipe: str, sets: list[str] | None, out: Path | None, as_json: bool, debug: bool) -> None:
-    with spoken(debug, as_json) as say:
-        from hfsd import pipeline
-
-        root = pipeline.run(recipe, sets, out, until=stage)
-        print(f"{stage} is done in {root}")
-        say(run=str(root), until=stage)
 
 
 def _fail(error: BaseException, code: int, message: str, debug: bool, as_json: bool) -> None:

@@ -17,14 +17,13 @@ from typing import Any
 
 import yaml
 
+from hfsd import STAGES
 from hfsd import recipe as recipes
 from hfsd.errors import BadRequest, HfsdError, nearest
 from hfsd.recipe import Recipe
 from hfsd.records import Receipt, Results, Variant, load
 from hfsd.rundir import Stage, append_log, lock, write_atomic, write_manifest
 from hfsd.session import Session
-
-STAGES = ("scan", "prune", "rewrite", "train", "evaluate", "compare", "report", "publish")
 
 
 @dataclass(frozen=True)

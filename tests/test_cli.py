@@ -35,6 +35,19 @@ def test_help_is_cheap_and_imports_nothing_heavy() -> None:
     assert min(seconds) <= 0.5, seconds
 
 
+def test_the_public_api_is_imported_when_it_is_used() -> None:
+    code = (
+        "import sys, hfsd\n"
+        f"assert not set(sys.modules) & {HEAVY!r}\n"
+        "assert callable(hfsd.run) and callable(hfsd.results) and callable(hfsd.push) and hfsd.Family\n"
+        "runs = [getattr(hfsd, s) for s in hfsd.STAGES]\n"
+        "assert all(callable(getattr(m, 'run', None) or m.write) for m in runs)\n"
+        "try: hfsd.nothing\nexcept AttributeError as e: print(e)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "module 'hfsd' has no attribute 'nothing'\n"
+
+
 def test_every_command_is_there() -> None:
     shown = CliRunner().invoke(app, ["--help"]).output
     for name in "run scan prune rewrite train eval compare report push space init recipe".split():
