@@ -75,11 +75,16 @@ def run(
     plan = steps(recipe, root)
     if until is not None:
         plan = [s for s in plan if STAGES.index(s.kind) <= STAGES.index(until)]
+    new = not root.exists()
+    if new:
+        preflight(recipe)  # before the directory is made: a wrong recipe leaves nothing behind
     with lock(root):
         if redo is not None:
             _delete(steps(recipe, root), redo)
         todo = [s for s in plan if not s.stage.is_done(verify)]
         if todo:
+            if not new:
+                preflight(recipe)
             _execute(recipe, text, root, todo)
     return root
 
@@ -222,7 +227,6 @@ def _train_fields(blocks: dict[str, Any], variant: Variant) -> dict[str, Any]:
 
 
 def _execute(recipe: Recipe, text: str, root: Path, todo: list[Step]) -> None:
-    preflight(recipe)
     from hfsd.progress import quiet
 
     quiet()

@@ -14,6 +14,8 @@ import yaml
 
 from hfsd import recipe as recipes
 from tests import tiny
+from tests.hub import hub_env
+from tests.hub.server import LoopbackHub
 
 ROOT = Path(__file__).parents[1]
 
@@ -72,8 +74,11 @@ def test_the_wheel_runs_a_recipe_to_its_end(wheel: Path, model_folder: Path, tmp
     )
     assert where.startswith(str(site))
     command = [python, "-c", "from hfsd.cli import main; main()", "run", "tiny.yaml", "--out", "run", "--json"]
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr[-3000:]
+    with LoopbackHub(tmp_path / "hub") as hub:  # online, with a Hub and a proxy that write down who asks
+        env = hub_env(hub, None, tmp_path / "home")
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=500)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert not hub.calls and not hub.strays(), "a run on local files asked the network"
     assert json.loads(done.stdout.splitlines()[-1])["ok"]
     (space,) = (tmp_path / "run" / "publish").glob("*-compare")
     assert {"app.py", "README.md", "family.json", "requirements.txt", "hfsd"} <= {p.name for p in space.iterdir()}

@@ -113,7 +113,7 @@ def test_a_wrong_recipe_lists_every_fault_before_anything_is_made(model_folder: 
     faults = ("data.source: no file", "adapter_from.sft: no folder", "mean 'learning_rate'", "demo_rank", "9 of the 6")
     for expected in faults:
         assert any(expected in line for line in lines), (expected, lines)
-    assert not list((tmp_path / "run").glob("*/"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_unknown_stage_names_are_refused(model_folder: Path, tmp_path: Path) -> None:
