@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class HfsdError(Exception):
@@ -13,9 +14,17 @@ class HfsdError(Exception):
 
 
 class BadRequest(HfsdError):
-    """What was asked for cannot be: a wrong recipe, argument, file or model (exit code 2)."""
+    """What was asked for cannot be: a wrong recipe, argument, file or model (exit code 2).
+
+    Args:
+        rest: what is left of a recipe without its faulty fields, if that is one, so that its facts can be checked too.
+    """
 
     exit_code = 2
+
+    def __init__(self, message: str, rest: Any = None) -> None:
+        super().__init__(message)
+        self.rest = rest
 
 
 class Refusal(BadRequest):

@@ -70,7 +70,7 @@ def run(
     if isinstance(name_or_path, Recipe):
         recipe, text = name_or_path, yaml.safe_dump(recipes.dump(name_or_path), sort_keys=False)
     else:
-        recipe, text = recipes.load(str(name_or_path), sets)
+        recipe, text = _load(str(name_or_path), sets)
     root = Path(out) if out is not None else Path("runs") / recipe.name
     plan = steps(recipe, root)
     if until is not None:
@@ -172,8 +172,11 @@ def staged_space(root: Path) -> Path:
     return found[0].parent
 
 
-def preflight(recipe: Recipe) -> None:
+def preflight(recipe: Recipe, fetch: bool = True) -> None:
     """Checks what the recipe says against facts: files, tasks, the model's depth, fields of TRL and PEFT.
+
+    Args:
+        fetch: look at a model that is not a folder here, too.
 
     Raises:
         BadRequest: every fault, one line each; no weight has been loaded.
@@ -203,7 +206,7 @@ def preflight(recipe: Recipe) -> None:
             faults.append(f"publish.to: {error}")
     faults += [f"evaluate.tasks: {fault}" for fault in evaluate.check_tasks(list(recipe.evaluate.tasks))]
     try:
-        n_layers = models.depth_of(recipe.model)
+        n_layers = models.depth_of(recipe.model) if fetch or Path(recipe.model.path).is_dir() else sys.maxsize
         if recipe.prune.blocks is not None and not 0 < recipe.prune.blocks < n_layers:
             faults.append(
                 f"prune.blocks: {recipe.prune.blocks} of the {n_layers} blocks of {recipe.model.path}; "
@@ -218,6 +221,19 @@ def preflight(recipe: Recipe) -> None:
         faults.append(str(error))
     if faults:
         raise BadRequest("\n".join(faults))
+
+
+def _load(name: str, sets: list[str] | None) -> tuple[Recipe, str]:
+    """The recipe; where its shape has faults, they are told together with those that the rest has against facts."""
+    try:
+        return recipes.load(name, sets)
+    except BadRequest as error:
+        if error.rest is not None:
+            try:
+                preflight(error.rest, fetch=False)
+            except BadRequest as more:
+                raise BadRequest(f"{error}\n{more}") from None
+        raise
 
 
 def _train_fields(blocks: dict[str, Any], variant: Variant) -> dict[str, Any]:

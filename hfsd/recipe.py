@@ -5,6 +5,7 @@ The help text of a field stands beside it and states the unit; `None` means deri
 
 from __future__ import annotations
 
+import copy
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -316,7 +317,23 @@ def checked(kind: type[B], data: dict[str, Any], where: str) -> B:
         return kind.model_validate(data)
     except ValidationError as error:
         faults = sorted({_fault(e, kind) for e in error.errors()})
-        raise BadRequest("\n".join(f"{where}: {f}" for f in faults)) from None
+        raise BadRequest("\n".join(f"{where}: {f}" for f in faults), rest=_without_faults(kind, data, error)) from None
+
+
+def _without_faults(kind: type[B], data: dict[str, Any], error: ValidationError) -> B | None:
+    """What stands without the fields that are faulty (their defaults take their place), if anything does."""
+    data = copy.deepcopy(data)
+    for fault in error.errors():
+        *parents, last = fault["loc"] or (None,)
+        block: Any = data
+        for name in parents:
+            block = block.get(name) if isinstance(block, dict) else None
+        if isinstance(block, dict):
+            block.pop(last, None)
+    try:
+        return kind.model_validate(data)
+    except ValidationError:
+        return None
 
 
 def dump(recipe: Recipe) -> dict[str, Any]:

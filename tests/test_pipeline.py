@@ -116,6 +116,29 @@ def test_a_wrong_recipe_lists_every_fault_before_anything_is_made(model_folder: 
     assert not (tmp_path / "run").exists()
 
 
+def test_faults_of_shape_and_of_fact_are_told_together(model_folder: Path, tmp_path: Path) -> None:
+    import yaml
+
+    from hfsd import recipe as recipes
+
+    data = recipes.dump(tiny.recipe(model_folder, prune__blocks=9, data__source="nowhere.jsonl"))
+    data["train"]["sead"] = 3
+    data["evaluate"]["limit"] = "many"
+    path = tmp_path / "wrong.yaml"
+    path.write_text(yaml.safe_dump(data))
+    with pytest.raises(BadRequest) as caught:
+        pipeline.run(path, out=tmp_path / "run")
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 4
+    for expected in (
+        "mean 'seed'",
+        "limit: input should be a valid integer",
+        "no file nowhere.jsonl",
+        "9 of the 6 blocks",
+    ):
+        assert any(expected in line for line in lines), (expected, lines)
+
+
 def test_unknown_stage_names_are_refused(model_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(BadRequest, match="did you mean 'prune'"):
         pipeline.run(tiny.recipe(model_folder), out=tmp_path, until="prun")
