@@ -256,11 +256,8 @@ def _cost(results: Results, line: VariantSummary, report: TrainReport | None) ->
     rows = [["parameters", text.count(line.params)]]
     if report:
         rows += [["training of this variant", text.duration(report.seconds)]]
-        rows += (
-            [["peak memory of the process, up to the end of training", text.size(report.peak_bytes)]]
-            if report.peak_bytes
-            else []
-        )
+        if report.peak_bytes:
+            rows += [["peak memory of the process, up to the end of training", text.size(report.peak_bytes)]]
     rows += [[f"the run: {step}", text.duration(s)] for step, s in text.stages(results)]
     return [["what", "cost"], *rows]
 

@@ -23,7 +23,7 @@ from hfsd import hub
 from hfsd.errors import BadRequest, HfsdError
 from hfsd.recipe import Model
 from hfsd.records import ModelRef
-from hfsd.rundir import new_folder, sha256
+from hfsd.rundir import new_folder, sha256, write_atomic
 
 if TYPE_CHECKING:
     import torch
@@ -264,8 +264,6 @@ def _digest_once(path: Path) -> str:
     name = hashlib.sha256(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:32]
     note = cache_dir() / "digests" / name
     if not note.is_file():
-        from hfsd.rundir import write_atomic
-
         write_atomic(note, sha256(path))
     return note.read_text(encoding="utf-8")
 

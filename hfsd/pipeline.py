@@ -181,7 +181,19 @@ def preflight(recipe: Recipe, fetch: bool = True) -> None:
     Raises:
         BadRequest: every fault, one line each; no weight has been loaded.
     """
-    from hfsd import data, evaluate, hub, models, train
+    from hfsd import evaluate, train
+
+    faults = _path_faults(recipe) + train.check_fields(recipe.train) + _token_faults(recipe)
+    faults += [f"evaluate.tasks: {fault}" for fault in evaluate.check_tasks(list(recipe.evaluate.tasks))]
+    if fetch or Path(recipe.model.path).is_dir():
+        faults += _cut_faults(recipe)
+    if faults:
+        raise BadRequest("\n".join(faults))
+
+
+def _path_faults(recipe: Recipe) -> list[str]:
+    """Files and folders that the recipe names and that are not there."""
+    from hfsd import data
 
     faults: list[str] = []
     source = recipe.data.source
@@ -190,37 +202,42 @@ def preflight(recipe: Recipe, fetch: bool = True) -> None:
     for name, path in (("rewrite.from", recipe.rewrite.from_), ("prune.from", recipe.prune.from_)):
         if path is not None and not Path(path).exists():
             faults.append(f"{name}: nothing at {path}")
+    arms = recipe.train.arms
     for arm, path in recipe.train.adapter_from.items():
-        if arm not in recipe.train.arms:
-            faults.append(
-                f"train.adapter_from.{arm}: no such arm{nearest(arm, recipe.train.arms)}; "
-                f"train.arms has {list(recipe.train.arms)}"
-            )
+        if arm not in arms:
+            faults.append(f"train.adapter_from.{arm}: no such arm{nearest(arm, arms)}; train.arms has {list(arms)}")
         elif not Path(path).is_dir():
             faults.append(f"train.adapter_from.{arm}: no folder {path}")
-    faults += train.check_fields(recipe.train)
-    if recipe.publish.to != "folder":
-        try:
-            hub.whoami()
-        except HfsdError as error:  # told now, and not after hours of work
-            faults.append(f"publish.to: {error}")
-    faults += [f"evaluate.tasks: {fault}" for fault in evaluate.check_tasks(list(recipe.evaluate.tasks))]
+    return faults
+
+
+def _token_faults(recipe: Recipe) -> list[str]:
+    """A run that publishes to the Hub needs a token: told now, and not after hours of work."""
+    from hfsd import hub
+
+    if recipe.publish.to == "folder":
+        return []
     try:
-        n_layers = models.depth_of(recipe.model) if fetch or Path(recipe.model.path).is_dir() else sys.maxsize
-        if recipe.prune.blocks is not None and not 0 < recipe.prune.blocks < n_layers:
-            faults.append(
-                f"prune.blocks: {recipe.prune.blocks} of the {n_layers} blocks of {recipe.model.path}; "
-                f"1 to {n_layers - 1} can go"
-            )
-        span = recipe.prune.range
-        if span and (span[1] > n_layers or span[1] - span[0] >= n_layers):
-            faults.append(
-                f"prune.remove: {recipe.prune.remove} does not fit the blocks [0, {n_layers}) of {recipe.model.path}"
-            )
+        hub.whoami()
+    except HfsdError as error:
+        return [f"publish.to: {error}"]
+    return []
+
+
+def _cut_faults(recipe: Recipe) -> list[str]:
+    """A cut that does not fit the model's depth, or a model that is not there."""
+    from hfsd import models
+
+    name, blocks, span = recipe.model.path, recipe.prune.blocks, recipe.prune.range
+    try:
+        depth = models.depth_of(recipe.model)
     except BadRequest as error:
-        faults.append(str(error))
-    if faults:
-        raise BadRequest("\n".join(faults))
+        return [str(error)]
+    if blocks is not None and not 0 < blocks < depth:
+        return [f"prune.blocks: {blocks} of the {depth} blocks of {name}; 1 to {depth - 1} can go"]
+    if span and (span[1] > depth or span[1] - span[0] >= depth):
+        return [f"prune.remove: {recipe.prune.remove} does not fit the blocks [0, {depth}) of {name}"]
+    return []
 
 
 def _load(name: str, sets: list[str] | None) -> tuple[Recipe, str]:
