@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hfsd import processes
 from hfsd.errors import BadRequest, HfsdError, nearest
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ Out = Annotated[Path | None, typer.Option("--out", help="Run directory (default:
 NewFolder = Annotated[Path, typer.Option("--out", help="Folder for the result; must not hold another one.")]
 ModelArg = Annotated[str, typer.Argument(help="Hub id, folder, *.gguf file, or package:DIST==VERSION/FILE.")]
 DataArg = Annotated[str, typer.Argument(help="gym:NAME, a .jsonl/.json/.csv/.parquet file, or a Hub dataset id.")]
+RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that the model's repo brings.")]
 RecipeArg = Annotated[str, typer.Argument(help="A recipe file, or a packaged name (see `hfsd recipe`).")]
 RunArg = Annotated[Path, typer.Argument(help="A finished run directory, such as runs/demo.")]
 
@@ -72,18 +74,33 @@ def run(
 @app.command()
 def scan(
     model: ModelArg,
-    calibration: Annotated[str, typer.Option("--calibration", help="Text to score on: as for DATA elsewhere.")],
-    blocks: Annotated[int, typer.Option("--blocks", help="How many blocks to choose.")],
+    calibration: Annotated[
+        str, typer.Option("--calibration", help="Text to score on: as for DATA elsewhere, or .txt.")
+    ],
     out: NewFolder,
+    blocks: Annotated[int, typer.Option("--blocks", help="How many blocks to choose; 0: only score.")] = 0,
+    rows: Annotated[int | None, typer.Option("--rows", help="Sequences to score (128).")] = None,
+    max_length: Annotated[int | None, typer.Option("--max-length", help="Tokens per sequence (512).")] = None,
+    widths: Annotated[
+        str | None, typer.Option("--widths", metavar="START:STOP", help="Widths to report, half-open (all).")
+    ] = None,
+    metric: Annotated[str | None, typer.Option("--metric", help="angular or bi (angular).")] = None,
+    tokens: Annotated[str | None, typer.Option("--tokens", help="last or all text tokens (all).")] = None,
+    select: Annotated[str | None, typer.Option("--select", help="verified or lowest (verified).")] = None,
+    search: Annotated[str | None, typer.Option("--search", help="contiguous or greedy (contiguous).")] = None,
+    trust_remote_code: RemoteCode = False,
     sets: Sets = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Score every range of blocks and choose the one to remove."""
     with spoken(debug, as_json) as say:
-        found = _scan(model, calibration, blocks, sets, out)
-        print(found.plan.sentence)
-        say(scores=str(out / "scores.json"), kept=list(found.plan.kept), sentence=found.plan.sentence)
+        given = {"rows": rows, "max_length": max_length, "widths": widths, "metric": metric}
+        given |= {"tokens": tokens, "select": select, "search": search}
+        found = _scan(model, calibration, blocks, given, trust_remote_code, sets, out)
+        sentence = found.plan.sentence if found else f"scored every range; {out / 'scores.png'} shows them"
+        print(sentence)
+        say(scores=str(out / "scores.json"), kept=list(found.plan.kept) if found else None, sentence=sentence)
 
 
 @app.command()
@@ -93,10 +110,16 @@ def prune(
     remove: Annotated[
         str | None, typer.Option("--remove", metavar="START:STOP", help="Blocks to remove, 0-based and half-open.")
     ] = None,
-    blocks: Annotated[int | None, typer.Option("--blocks", help="How many blocks to remove, chosen by a scan.")] = None,
+    keep: Annotated[str | None, typer.Option("--keep", help="Blocks that stay, such as 0,1,4:10.")] = None,
+    blocks: Annotated[
+        int | None, typer.Option("--blocks", help="How many blocks to remove, chosen by a scan; 0: a copy.")
+    ] = None,
     calibration: Annotated[
         str | None, typer.Option("--calibration", help="Text for the scan that --blocks needs.")
     ] = None,
+    check: Annotated[str, typer.Option("--check", help="Self-check: auto, structure or numeric.")] = "auto",
+    max_shard_size: Annotated[str, typer.Option("--max-shard-size", help="Largest file of the result.")] = "5GB",
+    trust_remote_code: RemoteCode = False,
     sets: Sets = None,
     as_json: Json = False,
     debug: Debug = False,
@@ -106,15 +129,21 @@ def prune(
         from hfsd import single
         from hfsd.recipe import Model, Prune, checked
 
-        asked = checked(Prune, {"blocks": blocks, "remove": remove}, "arguments")
-        if blocks is not None and calibration is None:
-            raise BadRequest("--blocks chooses by a scan: give --calibration DATA, or name the range with --remove")
-        plan = asked.range or _scan(model, str(calibration), blocks or 0, sets, None).plan
-        made = single.prune(Model(path=model), out, plan)
+        asked = {"blocks": blocks, "remove": remove, "keep": keep, "check": check, "max_shard_size": max_shard_size}
+        cut = checked(Prune, asked, "arguments")
+        if blocks and calibration is None:
+            raise BadRequest(
+                "--blocks chooses by a scan: give --calibration DATA, or name blocks with --remove or --keep"
+            )
+        if out.exists():  # told before a scan is paid for
+            raise BadRequest(f"{out} is there already; give another --out, or remove it first")
+        found = _scan(model, str(calibration), blocks, {}, trust_remote_code, sets, None) if blocks else None
+        source = Model(path=model, trust_remote_code=trust_remote_code)
+        made = single.prune(source, out, cut, found.plan if found else None)
         print(made.plan.sentence)
-        for check in made.checks:
-            print(f"self-check {check.level}: {check.result}. {check.detail}")
-        say(checkpoint=str(out), params=made.params, sentence=made.plan.sentence)
+        for level in made.checks:
+            print(f"self-check {level.level}: {level.result}{f'. {level.detail}' if level.detail else ''}")
+        say(checkpoint=str(out), params=made.params, sentence=made.plan.sentence, seconds=made.seconds)
 
 
 @app.command()
@@ -260,6 +289,8 @@ def main() -> None:
 def spoken(debug: bool, as_json: bool) -> Iterator[Callable[..., None]]:
     """Turns errors into one line and an exit code; yields a function that keeps the closing JSON line."""
     closing: dict[str, Any] = {}
+    if processes.rank():  # of several processes, the first one speaks; each tells its own errors
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - until the process ends
     try:
         yield closing.update
     except HfsdError as error:
@@ -327,15 +358,25 @@ def _numbers(results: Results) -> dict[str, Any]:
     }
 
 
-def _scan(model: str, calibration: str, blocks: int, sets: list[str] | None, out: Path | None) -> Scan:
+def _scan(
+    model: str,
+    calibration: str,
+    blocks: int,
+    given: dict[str, Any],
+    trust_remote_code: bool,
+    sets: list[str] | None,
+    out: Path | None,
+) -> Scan | None:
     from hfsd import recipe as recipes
     from hfsd import single
     from hfsd.progress import quiet
 
-    asked = {"name": "scan", "model": model, "data": calibration, "prune": {"blocks": blocks}}
+    asked: dict[str, Any] = {"name": "scan", "data": calibration, "prune": {"blocks": blocks}}
+    asked["model"] = {"path": model, "trust_remote_code": trust_remote_code}
+    asked["scan"] = {k: v for k, v in given.items() if v is not None}
     made = recipes.validate(asked, "arguments", sets)
     quiet()
-    return single.scan(made.model, made.data, blocks, made.scan, out)
+    return single.scan(made, out)
 
 
 def _run_stage(out: Path, asked: dict[str, Any], sets: list[str] | None, until: str) -> Path:

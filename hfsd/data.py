@@ -30,7 +30,10 @@ SHAPES: tuple[tuple[tuple[str, ...], str], ...] = (
     (("question",), "generated_solution"),
     (("prompt",), "completion"),
 )
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
+
+# Calibration text: a raw text, or a conversation in messages with role and content.
+Passage = str | list[dict[str, str]]
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,37 @@ def load(recipe: Data) -> list[Example]:
     if not unique:
         raise BadRequest(f"data.source: {recipe.source} has no usable row (data.max_chars: {recipe.max_chars})")
     return unique
+
+
+def passages(recipe: Data) -> list[Passage]:
+    """All calibration text of a source, exact duplicates once, in a seeded order.
+
+    A `text` column is raw text (a .txt file is one such text); `messages` and every shape that `load` knows are
+    conversations.
+
+    Raises:
+        BadRequest: as `load`; or a row holds no text or no messages (by number).
+    """
+    if recipe.source.startswith("gym:"):
+        found: list[Passage] = [conversation(e) for e in _from_gym(recipe)]
+    else:
+        rows = _read_file(recipe.source) if is_file(recipe.source) else _from_hub(recipe)
+        columns = list(rows[0]) if rows else []
+        if "text" in columns:
+            found = [str(row.get("text") or "") for row in rows]
+        elif "messages" in columns:
+            found = [_messages(row.get("messages"), number, recipe) for number, row in enumerate(rows, 1)]
+        else:
+            found = [conversation(e) for e in _from_rows(rows, recipe)]
+    unique = {json.dumps(passage): passage for passage in found if passage}
+    if not unique:
+        raise BadRequest(f"{recipe.source} has no usable text: {len(found)} rows, all empty")
+    return [unique[k] for k in sorted(unique, key=lambda k: _rank(recipe.seed, "passage", k))]
+
+
+def conversation(example: Example) -> list[dict[str, str]]:
+    """An example as the conversation that a model is trained on."""
+    return [*prompt_messages(example.prompt), {"role": "assistant", "content": example.reference}]
 
 
 def split(examples: Sequence[Example], recipe: Data) -> Splits:
@@ -123,13 +157,14 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -
     """
     if not tokenizer.chat_template:
         return "\n\n".join(m["content"] for m in messages) + "\n\n"
-    text = _templated(tokenizer, messages)
-    if messages[0]["role"] == "system" and (text is None or messages[0]["content"] not in text):
-        folded = f"{messages[0]['content']}\n\n{messages[1]['content']}"
-        text = _templated(tokenizer, [{"role": messages[1]["role"], "content": folded}, *messages[2:]])
-    if text is None:
-        raise BadRequest("the model's chat template refuses a plain user turn; fix chat_template in its tokenizer")
-    return text
+    return _templated(tokenizer, messages, ask=True)
+
+
+def transcript(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:
+    """The text of a whole conversation, as `render` writes it, with nothing asked at its end."""
+    if not tokenizer.chat_template:
+        return "\n\n".join(m["content"] for m in messages)
+    return _templated(tokenizer, messages, ask=False)
 
 
 def answer_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> tuple[list[int], list[int]]:
@@ -138,13 +173,35 @@ def answer_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> 
     return head, tokenizer(answer, add_special_tokens=False)["input_ids"]
 
 
-def _templated(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str | None:
+def _templated(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], ask: bool) -> str:
+    text = _apply(tokenizer, messages, ask)
+    if messages[0]["role"] == "system" and len(messages) > 1 and (text is None or messages[0]["content"] not in text):
+        folded = f"{messages[0]['content']}\n\n{messages[1]['content']}"
+        text = _apply(tokenizer, [{"role": messages[1]["role"], "content": folded}, *messages[2:]], ask)
+    if text is None:
+        roles = ", ".join(m["role"] for m in messages)
+        raise BadRequest(f"the model's chat template refuses the turns {roles}; fix chat_template in its tokenizer")
+    return text
+
+
+def _apply(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], ask: bool) -> str | None:
     import jinja2
 
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask))
     except jinja2.TemplateError:
         return None
+
+
+def _messages(value: Any, number: int, recipe: Data) -> list[dict[str, str]]:
+    """The turns of a `messages` cell, as roles and contents."""
+    try:
+        turns = [{"role": str(m["role"]), "content": str(m["content"] or "")} for m in value]
+    except (TypeError, KeyError):
+        turns = []
+    if not turns:
+        raise BadRequest(f"{recipe.source}: row {number} (counted from 1) has no messages with role and content")
+    return turns
 
 
 def _rank(seed: int, kind: str, name: str) -> bytes:
@@ -221,6 +278,8 @@ def _read_file(source: str) -> list[dict[str, Any]]:
         return pyarrow.parquet.read_table(path).to_pylist()
     try:
         text = path.read_text(encoding="utf-8")
+        if path.suffix == ".txt":
+            return [{"text": text}]
         if path.suffix == ".csv":
             return list(csv.DictReader(text.splitlines(keepends=True)))
         rows = json.loads(text) if path.suffix == ".json" else _json_lines(text, source)

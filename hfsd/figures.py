@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hfsd.records import BlockScores, Candidate, PrunePlan, Results, Scan, TaskScore, TrainReport
+from hfsd.records import BlockScores, Candidate, PrunePlan, Results, Scan, TaskScore, TrainReport, spelled
 from hfsd.stats import mean_score
 from hfsd.text import at_n, counted, in_percent, label, plural, recovered
 
@@ -45,16 +45,21 @@ def draw(results: Results, out: Path) -> list[str]:
     files: dict[str, Callable[[], Figure]] = {"recovery.png": lambda: recovery(results)}
     scan = results.scan
     if scan and scan.scores:
-        files["block_scores.png"] = lambda: block_scores(scan, results.plan)
+        files["block_scores.png"] = lambda: block_scores(chosen_scores(scan, results.plan), results.plan)
     if scan and scan.candidates:
         files["candidates.png"] = lambda: candidates(scan, results.plan)
     if any(t.losses for t in results.training):
         files["loss.png"] = lambda: loss(results.training)
-    for name, make in files.items():
-        with _style():
-            # without the metadata the bytes would change with the version of matplotlib
-            make().savefig(out / name, format="png", dpi=150, metadata={"Software": None})
+    _save(files, out)
     return list(files)
+
+
+def draw_scan(scores: BlockScores, scan: Scan | None, out: Path) -> None:
+    """`scores.png`, the heat map, with a scan's choice marked; `losses.png`, its verified candidates' losses."""
+    files: dict[str, Callable[[], Figure]] = {"scores.png": lambda: block_scores(scores, scan.plan if scan else None)}
+    if scan and scan.candidates:
+        files["losses.png"] = lambda: candidates(scan, scan.plan)
+    _save(files, out)
 
 
 def recovery(results: Results) -> Figure:
@@ -107,68 +112,59 @@ def recovery(results: Results) -> Figure:
     return figure
 
 
-def block_scores(scan: Scan, plan: PrunePlan) -> Figure:
-    """Heat map of the chosen scores over start and width; a line per width where few widths were scored."""
-    scores = chosen_scores(scan, plan)
+def block_scores(scores: BlockScores, plan: PrunePlan | None) -> Figure:
+    """Heat map of scores over start and width, or a line per width where few were scored; the removed blocks marked."""
+    cuts = _runs(plan.removed) if plan else []
     widths = sorted(scores.values)
-    cut = _cut(plan)
     if len(widths) < 4:
-        return _score_lines(scores, cut)
+        return _score_lines(scores, cuts)
+    n_layers = max(w + len(scores.values[w]) for w in widths) - 1
     figure = _figure(7.6, 5.4)
     axes = figure.axes[0]
-    grid = [[_at(scores.values[w], s) for s in range(plan.n_layers)] for w in widths]
-    step = widths[1] - widths[0] if len(widths) > 1 else 1
-    extent = (-0.5, plan.n_layers - 0.5, widths[0] - step / 2, widths[-1] + step / 2)
+    grid = [[_at(scores.values[w], s) for s in range(n_layers)] for w in widths]
+    step = widths[1] - widths[0]
+    extent = (-0.5, n_layers - 0.5, widths[0] - step / 2, widths[-1] + step / 2)
     image = axes.imshow(grid, origin="lower", aspect="auto", cmap="cividis", extent=extent, interpolation="nearest")
     figure.colorbar(
         image, ax=axes, label=f"{METRICS.get(scores.metric, scores.metric)}; lower is safer to remove", pad=0.02
     )
     lowest = [min(range(len(scores.values[w])), key=scores.values[w].__getitem__) for w in widths]
     axes.plot(lowest, widths, ".", color="white", markersize=5)
-    axes.annotate("white dots: lowest of each width", (0.98, 0.89), xycoords="axes fraction", ha="right", color=MUTED)
-    if cut and cut[1] - cut[0] in scores.values:
-        start, width = cut[0], cut[1] - cut[0]
-        axes.plot(
-            start, width, "o", markersize=13, markerfacecolor="none", markeredgecolor="white", markeredgewidth=3.6
-        )
-        axes.plot(start, width, "o", markersize=13, markerfacecolor="none", markeredgecolor=CHOICE, markeredgewidth=2)
-        axes.annotate(
-            f"removed: [{cut[0]}, {cut[1]})",
-            (0.98, 0.95),
-            xycoords="axes fraction",
-            ha="right",
-            color=CHOICE,
-            fontweight="bold",
-        )
+    for start, stop in cuts:
+        if stop - start in scores.values:
+            for colour, width in (("white", 3.6), (CHOICE, 2.0)):
+                _circle(axes, start, stop - start, colour, width)
     axes.set_xlabel("start: first block of the range, counted from 0")
     axes.set_ylabel("width: blocks in the range")
-    axes.set_title(_score_title(scores))
+    marked = f"; circled: removed, {plan and spelled(plan.removed)}" if cuts else ""
+    axes.set_title(f"{_score_title(scores)}\nwhite dots: lowest of each width{marked}")
     _whole_numbers(axes.xaxis, axes.yaxis)
     return figure
 
 
 def candidates(scan: Scan, plan: PrunePlan) -> Figure:
     """Held-out loss of the model without each verified range, best first, beside the original's."""
-    ranked = sorted(scan.candidates, key=lambda c: (c.loss, c.start, c.stop))
-    cut = _cut(plan)
+    greedy = scan.candidates[0].proposed_by.startswith("greedy")
+    ranked = scan.candidates if greedy else sorted(scan.candidates, key=lambda c: (c.loss, c.removed))
     figure = _figure(7.6, 1.5 + 0.33 * len(ranked))
     axes = figure.axes[0]
     for y, candidate in enumerate(ranked):
-        chosen = cut == (candidate.start, candidate.stop)
+        chosen = candidate.removed == plan.removed
         colour = CHOICE if chosen else MUTED
         axes.plot([scan.original_loss, candidate.loss], [y, y], color=colour, linewidth=1.6)
         axes.plot(candidate.loss, y, "o", color=colour, markersize=8 if chosen else 6)
         words = f"{candidate.loss:.3f}{'  removed' if chosen else ''}"
         axes.annotate(words, (candidate.loss, y), xytext=(9, 0), textcoords="offset points", va="center", fontsize=9)
     axes.axvline(scan.original_loss, color=COLOURS["original"], linewidth=1.6)
-    axes.set_yticks(range(len(ranked)), [_candidate_name(c) for c in ranked])
+    axes.set_yticks(range(len(ranked)), [_candidate_name(c, greedy) for c in ranked])
     axes.set_ylim(len(ranked) - 0.4, -0.6)
     worst = max([c.loss for c in ranked] + [scan.original_loss])
     span = max(worst - scan.original_loss, 1e-3)
     axes.set_xlim(scan.original_loss - 0.04 * span, worst + 0.25 * span)
     axes.set_xlabel("loss on held-out calibration text (nats per token)")
-    axes.set_ylabel("range (proposed by)")
-    axes.set_title(f"Loss without each verified range; the line is the original's {scan.original_loss:.3f}")
+    axes.set_ylabel("block removed in each step" if greedy else "range (proposed by)")
+    what = "after each step of the greedy search" if greedy else "without each verified range"
+    axes.set_title(f"Loss {what}; the line is the original's {scan.original_loss:.3f}")
     axes.grid(axis="x", color="#E4E4E4", linewidth=0.8)
     axes.set_axisbelow(True)
     return figure
@@ -200,8 +196,7 @@ def loss(training: Sequence[TrainReport]) -> Figure:
 
 def chosen_scores(scan: Scan, plan: PrunePlan) -> BlockScores:
     """The scores that proposed the cut; where none is named, those over all tokens, else the first."""
-    cut = _cut(plan)
-    proposers = [plan.why, *(c.proposed_by for c in scan.candidates if (c.start, c.stop) == cut)]
+    proposers = [plan.why, *(c.proposed_by for c in scan.candidates if c.removed == plan.removed)]
     named = [k for k in sorted(scan.scores) if any(f"{k} tokens" in p for p in proposers)]
     key = "all" if "all" in scan.scores and (not named or "all" in named) else (named or sorted(scan.scores))[0]
     return scan.scores[key]
@@ -266,10 +261,15 @@ def _whiskers(score: TaskScore, scale: float) -> Any:
     return [[max(0.0, score.value - score.low) * scale], [max(0.0, score.high - score.value) * scale]]
 
 
-def _cut(plan: PrunePlan) -> tuple[int, int] | None:
-    """The one range that was removed, or None where it is none or several."""
-    gone = plan.removed
-    return (gone[0], gone[-1] + 1) if gone and len(gone) == gone[-1] + 1 - gone[0] else None
+def _runs(blocks: Sequence[int]) -> list[tuple[int, int]]:
+    """Ascending blocks as half-open ranges: (3, 7, 8) -> [(3, 4), (7, 9)]."""
+    runs: list[tuple[int, int]] = []
+    for block in blocks:
+        if runs and runs[-1][1] == block:
+            runs[-1] = (runs[-1][0], block + 1)
+        else:
+            runs.append((block, block + 1))
+    return runs
 
 
 def _at(values: Sequence[float], start: int) -> float:
@@ -282,29 +282,14 @@ def _score_title(scores: BlockScores) -> str:
     return f"How far each range of blocks moves the residual stream\n({which}; {counts})"
 
 
-def _score_lines(scores: BlockScores, cut: tuple[int, int] | None) -> Figure:
+def _score_lines(scores: BlockScores, cuts: Sequence[tuple[int, int]]) -> Figure:
     figure = _figure(7.6, 4.2)
     axes = figure.axes[0]
     for (width, values), style in zip(sorted(scores.values.items()), ("-", "--", ":"), strict=False):
-        axes.plot(
-            range(len(values)),
-            values,
-            linestyle=style,
-            marker="o",
-            markersize=4,
-            color="#333333",
-            label=plural(width, "block"),
-        )
-        if cut and cut[1] - cut[0] == width:
-            axes.plot(
-                cut[0],
-                values[cut[0]],
-                "o",
-                markersize=13,
-                markerfacecolor="none",
-                markeredgecolor=CHOICE,
-                markeredgewidth=2,
-            )
+        starts, name = range(len(values)), plural(width, "block")
+        axes.plot(starts, values, linestyle=style, marker="o", markersize=4, color="#333333", label=name)
+        for start in (start for start, stop in cuts if stop - start == width):
+            _circle(axes, start, values[start], CHOICE, 2.0)
     axes.set_xlabel("start: first block of the range, counted from 0")
     axes.set_ylabel(METRICS.get(scores.metric, scores.metric))
     axes.set_title(_score_title(scores))
@@ -313,8 +298,20 @@ def _score_lines(scores: BlockScores, cut: tuple[int, int] | None) -> Figure:
     return figure
 
 
-def _candidate_name(candidate: Candidate) -> str:
-    return f"[{candidate.start}, {candidate.stop})  ({candidate.proposed_by})"
+def _circle(axes: Any, x: float, y: float, colour: str, width: float) -> None:
+    axes.plot(x, y, "o", markersize=13, markerfacecolor="none", markeredgecolor=colour, markeredgewidth=width)
+
+
+def _candidate_name(candidate: Candidate, greedy: bool) -> str:
+    return candidate.blocks if greedy else f"{candidate.blocks}  ({candidate.proposed_by})"
+
+
+def _save(files: dict[str, Callable[[], Figure]], out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    for name, make in files.items():
+        with _style():
+            # without the metadata the bytes would change with the version of matplotlib
+            make().savefig(out / name, format="png", dpi=150, metadata={"Software": None})
 
 
 def _whole_numbers(*sides: Any) -> None:

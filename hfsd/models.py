@@ -15,12 +15,14 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hfsd import hub
-from hfsd.errors import BadRequest, HfsdError
+from hfsd import hub, processes
+from hfsd.errors import BadRequest, HfsdError, Refusal
 from hfsd.recipe import Model
 from hfsd.records import ModelRef
 from hfsd.rundir import new_folder, sha256, write_atomic
@@ -124,55 +126,66 @@ def depth_of(model: Model) -> int:
 
 
 def device() -> torch.device:
-    """The accelerator at hand, else the CPU."""
+    """The accelerator at hand, else the CPU; of several processes, each one's own."""
     import torch
 
     found = torch.accelerator.current_accelerator(check_available=True)
-    return found or torch.device("cpu")
+    if found is None or processes.count() == 1:
+        return found or torch.device("cpu")
+    return torch.device(found.type, processes.local_rank())
 
 
-def load(folder: Path, dtype: str = "auto", trust_remote_code: bool = False) -> PreTrainedModel:
+def load(
+    folder: Path, dtype: str = "auto", trust_remote_code: bool = False, device_map: str | dict[str, Any] | None = None
+) -> PreTrainedModel:
     """The model in a folder, in eval mode, on the device at hand.
 
     Args:
         dtype: `auto` is bfloat16 where the device computes it natively, float32 on a CPU.
+        device_map: `auto` spreads the blocks over all devices, CPU and disk (accelerate); None: one device.
 
     Raises:
         BadRequest: keys are missing or left over, which from_pretrained would fill with random numbers.
+        Refusal: the model brings code of its own, and trust_remote_code is False.
     """
     import torch
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
     target = device()
     if dtype == "auto":
         dtype = "float32" if target.type in ("cpu", "mps") else "bfloat16"
-    logging.disable_progress_bar()
-    try:
+    with _spoken(folder):
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=getattr(torch, dtype),
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
+            device_map=device_map,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise BadRequest(f"{folder} does not load: {' '.join(str(error).split())[:300]}") from error
     if bad := sorted(info["missing_keys"]) + sorted(info["unexpected_keys"]):
         raise BadRequest(
             f"{folder}: {len(bad)} tensors are missing or left over, such as {bad[0]}; the checkpoint is broken"
         )
-    return model.to(target).eval()
+    return model.eval() if device_map is not None else model.to(target).eval()
+
+
+def skeleton(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model that a folder's config asks for, without storage (on the meta device). No weight is read."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with _spoken(folder), init_empty_weights():
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer in a folder, with a pad token (its end-of-text token where it has none of its own)."""
     from transformers import AutoTokenizer
 
-    try:
+    with _spoken(folder):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise BadRequest(f"{folder} has no tokenizer: {' '.join(str(error).split())[:300]}") from error
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
             raise BadRequest(f"{folder}: the tokenizer has neither a pad nor an end-of-text token; set one of them")
@@ -189,19 +202,28 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     from torch import nn
 
     n_layers = model.config.get_text_config(decoder=True).num_hidden_layers  # type: ignore[union-attr, operator]
+    # A vision tower may be as deep as the decoder; what is outside of the decoder does not count.
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model  # type: ignore[operator]
+    inside = {id(module) for module in decoder.modules()}
     found = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == n_layers and n_layers > 0
+        if isinstance(module, nn.ModuleList) and len(module) == n_layers > 0 and id(module) in inside
     }
     # A list inside a block (experts, say) may have the same length by chance; the stack is the outermost one.
-    outer = {n: m for n, m in found.items() if not any(n.startswith(f"{o}.") for o in found if o != n)}
+    outer = outermost(found)
     if len(outer) != 1:
         raise BadRequest(
             f"{type(model).__name__}: looked for one list of {n_layers} blocks and found {len(outer)} "
             f"({', '.join(outer) or 'none'}); this architecture cannot be cut"
         )
-    return next(iter(outer.items()))
+    return outer[0], found[outer[0]]
+
+
+def outermost(names: Iterable[str]) -> list[str]:
+    """The dotted names that lie inside no other one of them."""
+    names = sorted(names)
+    return [n for n in names if not any(n.startswith(f"{other}.") for other in names if other != n)]
 
 
 def count_params(model: nn.Module) -> int:
@@ -271,12 +293,11 @@ def _digest_once(path: Path) -> str:
 def _dequantise(gguf: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
 
     print(f"dequantising {gguf.name} once into {folder}", file=sys.stderr)
-    logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    with _spoken(gguf):
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     # The loaded config still says "quantised by GGUF", with which save_pretrained refuses.
     model.config.__dict__.pop("quantization_config", None)
     model.hf_quantizer, model.is_quantized = None, False
@@ -293,3 +314,33 @@ def _fingerprint(folder: Path) -> str:
             length = int.from_bytes(handle.read(8), "little")
             digest.update(f"{path.name} {path.stat().st_size} ".encode() + handle.read(min(length, 1 << 26)))
     return f"sha256:{digest.hexdigest()}"
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' own bars and warnings: what a load finds amiss is told once, by us, as an error."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+@contextmanager
+def _spoken(folder: Path) -> Iterator[None]:
+    """Turns what transformers says of a folder that it cannot load into one line."""
+    try:
+        with quiet():
+            yield
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        words = " ".join(str(error).split())
+        if "trust_remote_code" in words:
+            raise Refusal(
+                f"{folder} brings Python code of its own, which hfsd does not run unasked; read it, then add "
+                "--trust-remote-code (in a recipe: model.trust_remote_code: true)"
+            ) from error
+        raise BadRequest(f"{folder} does not load: {words[:300]}") from error

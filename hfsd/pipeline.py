@@ -105,7 +105,7 @@ def steps(recipe: Recipe, root: Path) -> list[Step]:
         return name
 
     cut_needs: tuple[str, ...] = ()
-    if recipe.prune.blocks is not None:
+    if recipe.prune.blocks:
         width = {"blocks": recipe.prune.blocks}
         cut_needs = (add("scan", work.scan, {"model": model, "data": data, "scan": blocks["scan"], "prune": width}),)
     cut = add("prune", work.prune, {"model": model, "prune": blocks["prune"]}, *cut_needs)
@@ -199,6 +199,9 @@ def _path_faults(recipe: Recipe) -> list[str]:
     source = recipe.data.source
     if data.is_file(source) and not Path(source).expanduser().is_file():
         faults.append(f"data.source: no file {source}")
+    calibration = recipe.scan.calibration
+    if calibration is not None and data.is_file(calibration) and not Path(calibration).expanduser().is_file():
+        faults.append(f"scan.calibration: no file {calibration}")
     for name, path in (("rewrite.from", recipe.rewrite.from_), ("prune.from", recipe.prune.from_)):
         if path is not None and not Path(path).exists():
             faults.append(f"{name}: nothing at {path}")
@@ -226,17 +229,20 @@ def _token_faults(recipe: Recipe) -> list[str]:
 
 def _cut_faults(recipe: Recipe) -> list[str]:
     """A cut that does not fit the model's depth, or a model that is not there."""
-    from hfsd import models
+    from hfsd import models, surgery
 
-    name, blocks, span = recipe.model.path, recipe.prune.blocks, recipe.prune.range
+    name, asked = recipe.model.path, recipe.prune
     try:
         depth = models.depth_of(recipe.model)
     except BadRequest as error:
         return [str(error)]
-    if blocks is not None and not 0 < blocks < depth:
-        return [f"prune.blocks: {blocks} of the {depth} blocks of {name}; 1 to {depth - 1} can go"]
-    if span and (span[1] > depth or span[1] - span[0] >= depth):
-        return [f"prune.remove: {recipe.prune.remove} does not fit the blocks [0, {depth}) of {name}"]
+    if asked.blocks is not None and asked.blocks >= depth:
+        return [f"prune.blocks: {asked.blocks} of the {depth} blocks of {name}; 0 to {depth - 1} can go"]
+    if asked.range or asked.kept:
+        try:
+            surgery.plan_by_hand(depth, asked)
+        except BadRequest as error:
+            return [f"prune.{'remove' if asked.range else 'keep'}: {error} ({name})"]
     return []
 
 

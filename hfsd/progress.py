@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from hfsd import processes
+
 LOG_EVERY = 15.0  # seconds between lines where stderr is no terminal
 
 Advance = Callable[..., None]
@@ -15,7 +17,8 @@ Advance = Callable[..., None]
 @contextmanager
 def track(stage: str, total: int, unit: str) -> Iterator[Advance]:
     """Yields `advance(n=1, note="", total=None)`, in `unit`s such as rows; a later `total` replaces the first."""
-    with (_bar if sys.stderr.isatty() else _lines)(stage, total, unit) as advance:
+    shown = _lines if processes.rank() or not sys.stderr.isatty() else _bar
+    with shown(stage, total, unit) as advance:
         yield advance
 
 
@@ -63,8 +66,8 @@ def _lines(stage: str, total: int, unit: str) -> Iterator[Advance]:
         nonlocal done, last, goal
         done, goal = done + n, goal if total is None else total
         now = time.perf_counter()
-        if now - last < LOG_EVERY and done < goal:
-            return
+        if processes.rank() or (now - last < LOG_EVERY and done < goal):
+            return  # of several processes, the first one speaks
         last, rate = now, done / max(now - start, 1e-9)
         left = f"{(goal - done) / rate:.0f} s left" if done < goal else f"{now - start:.0f} s"
         print(f"{stage:<10} {done}/{goal} {unit}  {rate:.3g}/s  {left}  {note}".rstrip(), file=sys.stderr, flush=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from hfsd.errors import BadRequest, nearest
 
@@ -59,6 +59,9 @@ class Model(Block):
     license: str | None = Field(
         None, description="license of the original (an SPDX id of the Hub); None: from its card"
     )
+    device_map: Literal["auto"] | None = Field(
+        None, description="auto: spread the model over all devices, CPU and disk; None: one device"
+    )
     trust_remote_code: bool = Field(False, description="run code that the model's repo brings; off unless you say so")
 
 
@@ -92,49 +95,76 @@ class Data(Block):
 
 
 class Scan(Block):
+    calibration: str | None = Field(
+        None, description="calibration text: a source as in data.source, .txt too; None: rows of the data kept apart"
+    )
     rows: Positive = Field(128, description="calibration sequences that are scored")
     verify_rows: Positive = Field(32, description="held-out calibration sequences on which candidates are verified")
     max_length: Positive = Field(512, description="tokens per calibration sequence")
     batch_tokens: Positive = Field(2048, description="tokens per batch, padding included")
+    widths: str | None = Field(None, description="START:STOP, the widths to report, half-open; None: all")
     metric: Literal["angular", "bi"] = Field("angular", description="angular distance (the paper) or block influence")
     tokens: Literal["last", "all"] = Field("all", description="tokens averaged: text tokens, or each text's last one")
     select: Literal["verified", "lowest"] = Field(
         "verified",
         description="verified: least held-out loss among the best candidates; lowest: least score (the paper)",
     )
+    search: Literal["contiguous", "greedy"] = Field(
+        "contiguous", description="one range of blocks; or greedy: any blocks, one at a time by held-out loss (SLEB)"
+    )
     candidates: Positive = Field(4, description="candidates verified per token choice")
+
+    @field_validator("widths")
+    @classmethod
+    def _is_range(cls, value: str | None) -> str | None:
+        return None if value is None else _checked_range(value)
+
+    @model_validator(mode="after")
+    def _greedy_verifies(self) -> Scan:
+        if self.search == "greedy" and self.select == "lowest":
+            raise ValueError("search: greedy chooses by held-out loss; leave select at verified")
+        return self
 
 
 class Prune(Block):
-    blocks: int | None = Field(None, ge=1, description="how many blocks to remove; the scan chooses which")
+    blocks: int | None = Field(
+        None, ge=0, description="how many blocks to remove; the scan chooses which; 0: a copy, no scan"
+    )
     remove: str | None = Field(None, description="START:STOP, 0-based and half-open, instead of a scan")
+    keep: str | None = Field(None, description="blocks that stay, instead of a scan, such as 0,1,4:10")
     from_: str | None = Field(None, alias="from", description="a pruned checkpoint that you already have")
     check: Literal["auto", "structure", "numeric"] = Field(
         "auto", description="self-check; auto: numeric where the original fits in half of the free memory"
     )
+    max_shard_size: ByteSize = Field(ByteSize(5 * 10**9), description="largest file of the checkpoint, such as 5GB")
 
     @field_validator("remove")
     @classmethod
     def _is_range(cls, value: str | None) -> str | None:
-        if value is None:
-            return None
-        found = RANGE.match(value)
-        if not found or int(found[1]) >= int(found[2]):
-            raise ValueError(f"{value!r} is no range START:STOP with START < STOP, such as 12:18")
+        return None if value is None else _checked_range(value)
+
+    @field_validator("keep")
+    @classmethod
+    def _are_blocks(cls, value: str | None) -> str | None:
+        if value is not None and not (_blocks(value)):
+            raise ValueError(f"{value!r} is no list of blocks, each once and ascending, such as 0,1,4:10")
         return value
 
     @model_validator(mode="after")
     def _one_way(self) -> Prune:
-        given = [
-            k for k, v in (("blocks", self.blocks), ("remove", self.remove), ("from", self.from_)) if v is not None
-        ]
+        ways = {"blocks": self.blocks, "remove": self.remove, "keep": self.keep, "from": self.from_}
+        given = [k for k, v in ways.items() if v is not None]
         if len(given) != 1:
-            raise ValueError(f"give exactly one of blocks, remove, from; got {' and '.join(given) or 'none'}")
+            raise ValueError(f"give exactly one of {', '.join(ways)}; got {' and '.join(given) or 'none'}")
         return self
 
     @property
     def range(self) -> tuple[int, int] | None:
-        return tuple(map(int, self.remove.split(":"))) if self.remove else None  # type: ignore[return-value]
+        return as_range(self.remove) if self.remove else None
+
+    @property
+    def kept(self) -> tuple[int, ...] | None:
+        return _blocks(self.keep) if self.keep else None
 
 
 class Endpoint(Block):
@@ -249,6 +279,32 @@ class Recipe(Block):
     def data_name(self) -> str:
         """Part of variant ids; without dots, since it names a torch module when adapters are loaded."""
         return (self.data.name or slug(Path(self.data.source.removeprefix("gym:")).stem)).replace(".", "-")
+
+
+def as_range(text: str) -> tuple[int, int]:
+    """`12:18` -> (12, 18)."""
+    start, stop = text.split(":")
+    return int(start), int(stop)
+
+
+def _checked_range(value: str) -> str:
+    found = RANGE.match(value)
+    if not found or int(found[1]) >= int(found[2]):
+        raise ValueError(f"{value!r} is no range START:STOP with START < STOP, such as 12:18")
+    return value
+
+
+def _blocks(value: str) -> tuple[int, ...] | None:
+    """`0,1,4:6` -> (0, 1, 4, 5); None where that is no ascending list."""
+    found: list[int] = []
+    for part in value.replace(" ", "").split(","):
+        if RANGE.match(part):
+            found += range(*as_range(part))
+        elif part.isdecimal():
+            found.append(int(part))
+        else:
+            return None
+    return tuple(found) if found and found == sorted(set(found)) else None
 
 
 def slug(text: str) -> str:

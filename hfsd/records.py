@@ -53,25 +53,33 @@ class BlockScores:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One range [start, stop) that was verified: mean next-token loss on held-out calibration text without it."""
+    """One cut that was verified: mean next-token loss on held-out calibration text without the blocks `removed`."""
 
-    start: int
-    stop: int
+    removed: tuple[int, ...]
     loss: float
     proposed_by: str
+
+    @property
+    def blocks(self) -> str:
+        return spelled(self.removed)
 
 
 @dataclass(frozen=True)
 class PrunePlan:
-    """Which blocks stay. `kept` are indices in the model that is cut; a range is the common case."""
+    """Which blocks stay. `kept` are indices in the model that is cut; a range is the common case.
+
+    `scores` are what the choice rests on (`loss`, `original_loss`, `angular_all`, ...); a cut by hand has none.
+    """
 
     n_layers: int
     kept: tuple[int, ...]
     why: str
+    scores: dict[str, float] = field(default_factory=dict)
 
     @property
     def removed(self) -> tuple[int, ...]:
-        return tuple(i for i in range(self.n_layers) if i not in set(self.kept))
+        kept = set(self.kept)
+        return tuple(i for i in range(self.n_layers) if i not in kept)
 
     @property
     def sentence(self) -> str:
@@ -79,12 +87,8 @@ class PrunePlan:
         gone = self.removed
         if not gone:
             return f"removes no block of {self.n_layers}; keeps {self.n_layers}"
-        if gone == tuple(range(gone[0], gone[-1] + 1)):
-            which = f"[{gone[0]}, {gone[-1] + 1})"
-        else:
-            which = "{" + ", ".join(map(str, gone)) + "}"
         return (
-            f"removes blocks {which} of {self.n_layers}, counted from 0 "
+            f"removes blocks {spelled(gone)} of {self.n_layers}, counted from 0 "
             f"(first removed {gone[0]}, last removed {gone[-1]}); keeps {len(self.kept)}"
         )
 
@@ -116,6 +120,7 @@ class Checkpoint:
 
     `params` and `original_params` count tied weights once. `matmul_flop_cut` is the share of the matrix-multiplication
     FLOPs per token that the cut saves: weights of the removed blocks over weights of all blocks and the output head.
+    `seconds` are told apart: `copy`, `structure`, `numeric`, `hash`.
     """
 
     path: str
@@ -125,16 +130,29 @@ class Checkpoint:
     matmul_flop_cut: float
     plan: PrunePlan
     checks: list[Check]
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One cut in a checkpoint's history: blocks removed, in the first original's numbering, and what it rests on."""
+
+    removed: tuple[int, ...]
+    why: str
+    scores: dict[str, float]
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """`hfsd.json` in a pruned checkpoint: whose blocks these are. `kept` counts in the original's numbering."""
+    """`hfsd.json` in a pruned checkpoint: whose blocks these are. `kept` counts in the original's numbering.
+
+    Cutting a cut model adds to `cuts`, oldest first.
+    """
 
     original: ModelRef
     n_layers: int
     kept: tuple[int, ...]
-    why: str
+    cuts: list[Cut]
 
 
 @dataclass(frozen=True)
@@ -329,6 +347,13 @@ class Receipt:
     commit: str
     url: str
     files: dict[str, str] = field(default_factory=dict)
+
+
+def spelled(blocks: tuple[int, ...]) -> str:
+    """`[12, 18)` for a range of blocks, `{3, 7, 8}` for any other set."""
+    if blocks and blocks == tuple(range(blocks[0], blocks[-1] + 1)):
+        return f"[{blocks[0]}, {blocks[-1] + 1})"
+    return "{" + ", ".join(map(str, blocks)) + "}"
 
 
 def to_json(record: Any) -> Any:

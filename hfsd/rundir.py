@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -184,8 +184,13 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder that appears under its name only when the block ends without an error, replacing an older one."""
+    """A folder that appears under its name only when the block ends without an error, replacing an older one.
+
+    Raises:
+        HfsdError: the disk is full or read-only; nothing is left behind.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    absent = [p for p in temporary.parents if not p.exists()]  # innermost first
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
@@ -196,6 +201,10 @@ def new_folder(path: Path) -> Iterator[Path]:
         raise HfsdError(f"cannot write {path}: {error.strerror}; free some space or give another --out") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        if not path.exists():
+            for parent in absent:
+                with suppress(OSError):  # not made, or somebody else's by now
+                    parent.rmdir()
 
 
 def link_or_copy(source: Path, target: Path) -> None:

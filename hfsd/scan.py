@@ -1,33 +1,39 @@
-"""Scan: d(start, width) for every range of blocks in one pass, and the choice of the range to remove.
+"""Scan: d(start, width) for every range of blocks in one pass, and the choice of the blocks to remove.
 
-Sources: angular distance, arXiv 2403.17887 (used by arXiv 2410.09982); block influence, ShortGPT, arXiv 2403.03853.
+Sources: angular distance, arXiv 2403.17887 (used by arXiv 2410.09982); block influence, ShortGPT, arXiv 2403.03853;
+greedy removal by loss, SLEB, arXiv 2402.09025.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hfsd import data, models, surgery
-from hfsd.errors import BadRequest, HfsdError
+from hfsd import calibration, figures, models, processes, surgery
+from hfsd.calibration import Batch
+from hfsd.data import Passage
+from hfsd.errors import BadRequest, HfsdError, Refusal
 from hfsd.progress import track
 from hfsd.recipe import Scan as ScanRecipe
-from hfsd.records import BlockScores, Candidate, Example, ModelRef, Scan
+from hfsd.recipe import as_range
+from hfsd.records import BlockScores, Candidate, ModelRef, PrunePlan, Scan, dumps
+from hfsd.rundir import write_atomic
+from hfsd.verify import Blocks, Verifier
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-
 TOKEN_CHOICES = ("all", "last")
+CHUNK = 256  # tokens whose distances are computed at once: bounds the memory of wide models
 
 
 def run(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Example],
+    passages: Sequence[Passage],
     recipe: ScanRecipe,
     blocks: int,
     ref: ModelRef,
@@ -35,67 +41,70 @@ def run(
     """Scores every range and chooses which `blocks` blocks to remove.
 
     Args:
-        rows: calibration rows; the first `recipe.verify_rows` are kept apart to verify candidates on.
-        blocks: width of the range to choose.
+        passages: calibration text; the first `recipe.verify_rows` sequences of it are kept apart to verify candidates.
+        blocks: how many blocks to remove.
 
     Raises:
-        BadRequest: too few rows, or more blocks than the model has.
+        BadRequest: too little text, or more blocks than the model has.
+        Refusal: no cut of that many blocks is sound.
         HfsdError: the residual stream is not finite, or zero.
     """
     start = time.perf_counter()
     n_layers = len(models.decoder_blocks(model)[1])
     if not 0 < blocks < n_layers:
         raise BadRequest(f"prune.blocks is {blocks}; this model has {n_layers} blocks, so 1 to {n_layers - 1} can go")
-    verify, scored = rows[: recipe.verify_rows], rows[recipe.verify_rows : recipe.verify_rows + recipe.rows]
-    if not scored:
-        raise BadRequest(
-            f"scan: {len(rows)} calibration rows, and scan.verify_rows takes {recipe.verify_rows}; lower it"
-        )
-    scores = score(model, batches(tokenizer, scored, recipe, model.device), len(scored), recipe.metric)
-    held_out = list(batches(tokenizer, verify, recipe, model.device))
-    if recipe.select == "lowest":
-        values = scores[recipe.tokens].values[blocks]
-        first = min(range(len(values)), key=values.__getitem__)
-        why = f"lowest {recipe.metric} distance over {recipe.tokens} tokens"
-        candidates: list[Candidate] = []
-        original_loss = loss(model, held_out)
-    else:
-        proposals = _proposals(scores, blocks, n_layers, recipe.candidates)
-        original_loss, candidates = _verify(model, held_out, proposals, blocks)
-        best = min(candidates, key=lambda c: (c.loss, c.start))
-        first, why = best.start, f"least held-out loss of {len(candidates)} candidates (proposed by {best.proposed_by})"
-    plan = surgery.plan_removing(n_layers, first, first + blocks, why)
-    return Scan(scores, candidates, original_loss, plan, ref, round(time.perf_counter() - start, 3))
+    held_out, scored = _sequences(tokenizer, passages, recipe)
+    scores = score(model, _batches(tokenizer, scored, recipe, model), len(scored), recipe.metric)
+    config = model.config.to_dict()
+    with Verifier(model, list(_batches(tokenizer, held_out, recipe, model))) as verifier:
+        if recipe.search == "greedy":
+            original_loss, candidates = _greedy(verifier, config, n_layers, blocks)
+            removed, why = candidates[-1].removed, f"greedy search by held-out loss, {blocks} blocks one at a time"
+        elif recipe.select == "lowest":
+            original_loss, candidates = verifier.losses()[0], []
+            ranges = _sound_ranges(config, n_layers, blocks)
+            removed = min(ranges, key=lambda r: scores[recipe.tokens].values[blocks][r[0]])
+            why = f"lowest {recipe.metric} distance over {recipe.tokens} tokens"
+        else:
+            proposals = _proposals(scores, _sound_ranges(config, n_layers, blocks), recipe.candidates)
+            original_loss, losses = verifier.losses(list(proposals))
+            found = zip(proposals.items(), losses, strict=True)
+            candidates = [Candidate(cut, loss, by) for (cut, by), loss in found]
+            best = min(candidates, key=lambda c: (c.loss, c.removed))
+            removed = best.removed
+            why = f"least held-out loss of {len(candidates)} candidates (proposed by {best.proposed_by})"
+    plan = surgery.plan_keeping(n_layers, [i for i in range(n_layers) if i not in removed], why)
+    plan = _with_scores(plan, scores, candidates, original_loss)
+    return Scan(_reported(scores, recipe), candidates, original_loss, plan, ref, round(time.perf_counter() - start, 3))
 
 
-def batches(
-    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Example], recipe: ScanRecipe, device: Any
-) -> Iterator[Batch]:
-    """Right-padded batches of conversations in the chat template: ids, attention mask, text mask; each [B, T].
-
-    The text mask marks tokens of the prompt and of the reference: template and special tokens never count.
-    """
-    import torch
-
-    encoded = sorted((_encode(tokenizer, row, recipe.max_length) for row in rows), key=lambda e: -len(e[0]))
-    for chunk in _by_tokens(encoded, recipe.batch_tokens):
-        width = len(chunk[0][0])
-        ids = torch.full((len(chunk), width), int(tokenizer.pad_token_id))  # [B, T]
-        seen = torch.zeros(len(chunk), width, dtype=torch.long)  # [B, T]
-        text = torch.zeros(len(chunk), width, dtype=torch.bool)  # [B, T]
-        for i, (tokens, is_text) in enumerate(chunk):
-            ids[i, : len(tokens)] = torch.tensor(tokens)
-            seen[i, : len(tokens)] = 1
-            text[i, : len(tokens)] = torch.tensor(is_text)
-        yield ids.to(device), seen.to(device), text.to(device)
+def scores_only(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, passages: Sequence[Passage], recipe: ScanRecipe
+) -> dict[str, BlockScores]:
+    """The scores of every range, under both token choices, and no choice of a cut: all sequences are scored."""
+    chosen = calibration.sequences(tokenizer, passages, recipe.rows, recipe.max_length)
+    found = score(model, _batches(tokenizer, chosen, recipe, model), len(chosen), recipe.metric)
+    return _reported(found, recipe)
 
 
-def score(model: PreTrainedModel, data_batches: Iterator[Batch], samples: int, metric: str) -> dict[str, BlockScores]:
+def write(scores: dict[str, BlockScores], tokens: str, out: Path, scan: Scan | None = None) -> None:
+    """scores.json (those under one token choice) and their heat map; of a whole scan also scan.json and the losses."""
+    write_atomic(out / "scores.json", dumps(scores[tokens]))
+    if scan is not None:
+        write_atomic(out / "scan.json", dumps(scan))
+    figures.draw_scan(scores[tokens], scan, out)
+
+
+def score(model: PreTrainedModel, batches: Iterable[Batch], samples: int, metric: str) -> dict[str, BlockScores]:
     """One pass over the batches: scores of all ranges, under both token choices.
 
     `angular` is arccos(cos(h_l, h_{l+n})) / pi between the streams that enter block l and block l+n. `bi` is the sum
     of 1 - cos over the single blocks of the range. The stream after the last block is taken before the final norm. Sums
     run in float64, so the mean depends on the batching no more than the forward pass does; memory is that of one batch.
+    The processes of a launcher share the batches, and each gets the same result to the last bit.
+
+    Args:
+        samples: number of sequences in the batches.
 
     Returns:
         Token choice (`all`, `last`) -> scores.
@@ -107,51 +116,29 @@ def score(model: PreTrainedModel, data_batches: Iterator[Batch], samples: int, m
     sums = {choice: torch.zeros(size, size, dtype=torch.float64) for choice in TOKEN_CHOICES}
     counts = dict.fromkeys(TOKEN_CHOICES, 0)
     with torch.inference_mode(), track("scan", samples, "sequences") as advance, _Streams(blocks) as streams:
-        for ids, seen, text in data_batches:
-            model.base_model(input_ids=ids, attention_mask=seen, use_cache=False)  # the head is not needed
-            last = _last_only(text)
-            h = torch.stack([s[text] for s in streams.taken], dim=1).float()  # [N, L+1, D]
-            distance = _distances(h, metric)  # [N, L+1, L+1]
-            for choice, rows in (("all", slice(None)), ("last", last[text])):
-                sums[choice] += distance[rows].sum(0).cpu()
-                counts[choice] += len(distance[rows])
-            advance(len(ids))
+        for found, rows in processes.spread(lambda b: (_of_batch(model, streams, b, metric), len(b.ids)), batches):
+            for choice, (total, count) in found.items():
+                sums[choice] += total
+                counts[choice] += count
+            advance(rows)
     return {c: _scores(sums[c] / counts[c], metric, c, samples, counts[c]) for c in TOKEN_CHOICES}
 
 
-def loss(model: PreTrainedModel, held_out: Sequence[Batch]) -> float:
-    """Mean next-token loss, in nats, over the text tokens of the batches."""
-    import torch
-    import torch.nn.functional as F
-
-    total, count = 0.0, 0
-    with torch.inference_mode():
-        for ids, seen, text in held_out:
-            logits = model(input_ids=ids, attention_mask=seen, use_cache=False).logits  # [B, T, V]
-            wanted = text[:, 1:]  # [B, T-1]
-            nats = F.cross_entropy(logits[:, :-1][wanted].float(), ids[:, 1:][wanted], reduction="sum")
-            total, count = total + nats.item(), count + int(wanted.sum())
-    return total / count
-
-
 class _Streams:
-    """Keeps the streams that enter each block, and the one that leaves the last, of the latest forward pass."""
+    """Keeps, of one forward pass, the chosen tokens' streams that enter each block and that leave the last one."""
 
     def __init__(self, blocks: Any) -> None:
         self.blocks, self.taken, self._hooks = blocks, [], []  # type: ignore[var-annotated]
+        self.chosen: torch.Tensor | None = None  # [B, T] bool
 
     def __enter__(self) -> _Streams:
-        def enters(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], first: bool) -> None:
-            if first:
-                self.taken.clear()
-            self.taken.append(args[0] if args else kwargs["hidden_states"])
+        def enters(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._take(args[0] if args else kwargs["hidden_states"])
 
         def leaves(_: Any, __: Any, output: Any) -> None:
-            self.taken.append(output[0] if isinstance(output, tuple) else output)
+            self._take(output[0] if isinstance(output, tuple) else output)
 
-        for i, block in enumerate(self.blocks):
-            hook = block.register_forward_pre_hook(lambda m, a, k, i=i: enters(m, a, k, i == 0), with_kwargs=True)
-            self._hooks.append(hook)
+        self._hooks = [block.register_forward_pre_hook(enters, with_kwargs=True) for block in self.blocks]
         self._hooks.append(self.blocks[-1].register_forward_hook(leaves))
         return self
 
@@ -160,18 +147,45 @@ class _Streams:
             hook.remove()
         self.taken.clear()
 
+    def _take(self, stream: torch.Tensor) -> None:
+        assert self.chosen is not None
+        kept = stream[self.chosen.to(stream.device)]  # [N, D]
+        self.taken.append(kept.to(self.chosen.device))
 
-def _distances(h: torch.Tensor, metric: str) -> torch.Tensor:
-    """[N, L+1, D] -> [N, L+1, L+1] in float64: angles over pi, or 1 - cos."""
+
+def _of_batch(
+    model: PreTrainedModel, streams: _Streams, batch: Batch, metric: str
+) -> dict[str, tuple[torch.Tensor, int]]:
+    """Token choice -> summed distances [L+1, L+1] over the batch's tokens, and how many tokens they are."""
     import torch
 
+    streams.taken.clear()
+    streams.chosen = batch.text
+    model.base_model(input_ids=batch.ids, attention_mask=batch.seen, use_cache=False)  # the head is not needed
+    last = _last_only(batch.text)[batch.text]  # [N]
+    size = len(streams.taken)
+    sums = {choice: torch.zeros(size, size, dtype=torch.float64) for choice in TOKEN_CHOICES}
+    for at in range(0, len(last), CHUNK):
+        h = torch.stack([s[at : at + CHUNK] for s in streams.taken], dim=1)  # [n, L+1, D]
+        distance = _distances(h, metric)  # [n, L+1, L+1]
+        sums["all"] += distance.sum(0).cpu()
+        sums["last"] += distance[last[at : at + CHUNK]].sum(0).cpu()
+    streams.taken.clear()
+    return {"all": (sums["all"], len(last)), "last": (sums["last"], int(last.sum()))}
+
+
+def _distances(h: torch.Tensor, metric: str) -> torch.Tensor:
+    """[N, L+1, D] -> [N, L+1, L+1]: angles over pi, or 1 - cos. A float32 cosine near 1 would be 1e-4 off in angle."""
+    import torch
+
+    h = h.to(torch.float32 if h.device.type == "mps" else torch.float64)  # MPS has no float64
     norms = h.norm(dim=-1, keepdim=True)  # [N, L+1, 1]
     if not bool(torch.isfinite(norms).all()) or not bool((norms > 0).all()):
         raise HfsdError(
             "scan: a hidden state is NaN, infinite or zero; try model.dtype: float32 or check the checkpoint"
         )
     unit = h / norms
-    cos = (unit @ unit.transpose(1, 2)).double().clamp(-1, 1)  # [N, L+1, L+1]
+    cos = (unit @ unit.transpose(1, 2)).clamp(-1, 1)  # [N, L+1, L+1]
     return 1 - cos if metric == "bi" else cos.arccos() / torch.pi
 
 
@@ -185,61 +199,109 @@ def _scores(mean: torch.Tensor, metric: str, tokens: str, samples: int, n_tokens
     return BlockScores(metric, tokens, samples, n_tokens, values)
 
 
-def _proposals(scores: dict[str, BlockScores], width: int, n_layers: int, k: int) -> dict[int, str]:
-    """Start -> who proposed it: the k best under each token choice, and the deepest range but the last block."""
-    found: dict[int, list[str]] = {}
+def _sequences(
+    tokenizer: PreTrainedTokenizerBase, passages: Sequence[Passage], recipe: ScanRecipe
+) -> tuple[list[calibration.Tokens], list[calibration.Tokens]]:
+    """The sequences to verify on, and those to score."""
+    apart = recipe.verify_rows
+    chosen = calibration.sequences(tokenizer, passages, apart + recipe.rows, recipe.max_length)
+    if len(chosen) <= apart:
+        raise BadRequest(
+            f"scan: {len(chosen)} calibration sequences, and scan.verify_rows keeps {apart} apart; lower it, or give "
+            "more text"
+        )
+    return chosen[:apart], chosen[apart:]
+
+
+def _batches(
+    tokenizer: PreTrainedTokenizerBase, chosen: Sequence[calibration.Tokens], recipe: ScanRecipe, model: Any
+) -> Iterable[Batch]:
+    return calibration.batches(tokenizer, chosen, recipe.batch_tokens, model.device)
+
+
+def _reported(scores: dict[str, BlockScores], recipe: ScanRecipe) -> dict[str, BlockScores]:
+    """The scores of the widths that were asked for."""
+    if recipe.widths is None:
+        return scores
+    wanted = range(*as_range(recipe.widths))
+    some = next(iter(scores.values()))
+    if not set(wanted) <= set(some.values):
+        raise BadRequest(f"scan.widths is {recipe.widths}; this model has ranges of width 1 to {max(some.values)}")
+    return {
+        choice: BlockScores(s.metric, s.tokens, s.samples, s.n_tokens, {w: s.values[w] for w in wanted})
+        for choice, s in scores.items()
+    }
+
+
+def _sound_ranges(config: dict[str, Any], n_layers: int, width: int) -> list[Blocks]:
+    """Every range of a width whose removal the architecture allows.
+
+    Raises:
+        Refusal: there is none; the reason is that of the first range.
+    """
+    return _sound(config, n_layers, [tuple(range(s, s + width)) for s in range(n_layers - width + 1)])
+
+
+def _sound(config: dict[str, Any], n_layers: int, cuts: Sequence[Blocks]) -> list[Blocks]:
+    found: list[Blocks] = []
+    refusal: Refusal | None = None
+    for cut in cuts:
+        try:
+            surgery.refuse_unsound(config, [i for i in range(n_layers) if i not in cut], n_layers)
+            found.append(cut)
+        except Refusal as error:
+            refusal = refusal or error
+    if not found and refusal is not None:
+        raise refusal
+    return found
+
+
+def _proposals(scores: dict[str, BlockScores], ranges: Sequence[Blocks], k: int) -> dict[Blocks, str]:
+    """Range -> who proposed it: the k best under each token choice, and the deepest range but the last block."""
+    width = len(ranges[0])
+    found: dict[Blocks, list[str]] = {}
     for choice in TOKEN_CHOICES:
         values = scores[choice].values[width]
-        for first in sorted(range(len(values)), key=values.__getitem__)[:k]:
-            found.setdefault(first, []).append(f"{choice} tokens")
-    found.setdefault(max(0, n_layers - 1 - width), []).append("deepest but the last")
-    return {first: ", ".join(names) for first, names in sorted(found.items())}
+        for cut in sorted(ranges, key=lambda r: values[r[0]])[:k]:
+            found.setdefault(cut, []).append(f"{choice} tokens")
+    n_layers = len(scores["all"].values[1])
+    deepest = [cut for cut in ranges if cut[-1] < n_layers - 1 or len(ranges) == 1]
+    found.setdefault((deepest or list(ranges))[-1], []).append("deepest but the last")
+    return {cut: ", ".join(names) for cut, names in sorted(found.items())}
 
 
-def _verify(
-    model: PreTrainedModel, held_out: Sequence[Batch], proposals: dict[int, str], width: int
-) -> tuple[float, list[Candidate]]:
-    """Held-out loss of the original and of each proposed cut, each measured on a view of the same weights."""
-    n_layers = len(models.decoder_blocks(model)[1])
-    with track("verify", len(proposals) + 1, "cuts") as advance:
-        original_loss = loss(model, held_out)
-        advance()
-        candidates = []
-        for first, proposed_by in proposals.items():
-            plan = surgery.plan_removing(n_layers, first, first + width, proposed_by)
-            found = loss(surgery.view(model, plan.kept), held_out)
-            candidates.append(Candidate(first, first + width, found, proposed_by))
-            advance(note=f"[{first}, {first + width}) loss {found:.3f}")
-    return original_loss, candidates
+def _greedy(verifier: Verifier, config: dict[str, Any], n_layers: int, blocks: int) -> tuple[float, list[Candidate]]:
+    """Removes one block at a time, each time the one without which the held-out loss is least.
+
+    Returns:
+        The original's loss, and the best cut of every step; the last one is the choice.
+    """
+    path: list[Candidate] = []
+    original_loss, removed = 0.0, Blocks()
+    for step in range(1, blocks + 1):
+        grown = [tuple(sorted((*removed, i))) for i in range(n_layers) if i not in removed]
+        sound = _sound(config, n_layers, grown)
+        added = [next(i for i in cut if i not in removed) for cut in sound]
+        base_loss, losses = verifier.losses([(i,) for i in added], removed)
+        if step == 1:
+            original_loss = base_loss
+        loss, removed = min(zip(losses, sound, strict=True))
+        path.append(Candidate(removed, loss, f"greedy step {step}"))
+    return original_loss, path
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, row: Example, max_length: int) -> tuple[list[int], list[bool]]:
-    """Token ids of a conversation, and which of them are text: those that lie within the prompt or the reference."""
-    if tokenizer.chat_template:
-        head = data.render(tokenizer, data.prompt_messages(row.prompt))
-    else:
-        head = f"{row.prompt}\n\n"
-    whole = head + row.reference
-    begin = head.find(row.prompt)
-    spans = [(len(head), len(whole))] + ([(begin, begin + len(row.prompt))] if begin >= 0 else [])
-    encoded = tokenizer(
-        whole, add_special_tokens=False, return_offsets_mapping=True, truncation=True, max_length=max_length
-    )
-    is_text = [a < b and any(a >= start and b <= stop for start, stop in spans) for a, b in encoded["offset_mapping"]]
-    if not any(is_text):
-        raise BadRequest(f"scan: row {row.id} has no text token within scan.max_length {max_length}; raise it")
-    return list(encoded["input_ids"]), is_text
-
-
-def _by_tokens(
-    encoded: Sequence[tuple[list[int], list[bool]]], budget: int
-) -> Iterator[list[tuple[list[int], list[bool]]]]:
-    """Chunks of a list sorted by falling length whose padded size stays within the budget (one row may exceed it)."""
-    at = 0
-    while at < len(encoded):
-        count = max(1, budget // len(encoded[at][0]))
-        yield list(encoded[at : at + count])
-        at += count
+def _with_scores(
+    plan: PrunePlan, scores: dict[str, BlockScores], candidates: Sequence[Candidate], original_loss: float
+) -> PrunePlan:
+    """The plan with the numbers that its choice rests on; a set of blocks that is no range has no distance."""
+    rests_on = {"original_loss": original_loss}
+    for candidate in candidates:
+        if candidate.removed == plan.removed:
+            rests_on["loss"] = candidate.loss
+    width, first = len(plan.removed), plan.removed[0]
+    if plan.removed == tuple(range(first, first + width)):
+        rests_on |= {f"{s.metric}_{choice}": s.values[width][first] for choice, s in scores.items()}
+    return PrunePlan(plan.n_layers, plan.kept, plan.why, rests_on)
 
 
 def _last_only(text: torch.Tensor) -> torch.Tensor:

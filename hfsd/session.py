@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from hfsd import data, models
+from hfsd import data, models, surgery
 from hfsd import recipe as recipes
 from hfsd.recipe import Recipe
 from hfsd.records import Checkpoint, EvalRow, Scan, TrainReport, TrainSet, Variant, dumps, from_json, load
@@ -50,7 +50,7 @@ class Session:
     def original(self) -> PreTrainedModel:
         if self._original is None:
             model = self.recipe.model
-            self._original = models.load(self.source.folder, model.dtype, model.trust_remote_code)
+            self._original = models.load(self.source.folder, model.dtype, model.trust_remote_code, model.device_map)
         return self._original
 
     @property
@@ -83,14 +83,17 @@ class Session:
 
 
 def scan(work: Session, stage: Stage) -> dict[str, Any]:
-    """scan.json (everything) and scores.json (the chosen scores alone)."""
+    """scan.json (everything), scores.json (the chosen scores alone), and pictures of both."""
     from hfsd import scan as stages
 
     asked = work.recipe.scan
     blocks = work.recipe.prune.blocks or 0
-    found = stages.run(work.original, work.tokenizer, work.splits.calibration, asked, blocks, work.source.ref)
-    write_atomic(stage.path / "scan.json", dumps(found))
-    write_atomic(stage.path / "scores.json", dumps(found.scores[asked.tokens]))
+    if asked.calibration is None:
+        passages: list[data.Passage] = [data.conversation(e) for e in work.splits.calibration]
+    else:
+        passages = data.passages(recipes.Data(source=asked.calibration, seed=work.recipe.data.seed))
+    found = stages.run(work.original, work.tokenizer, passages, asked, blocks, work.source.ref)
+    stages.write(found.scores, asked.tokens, stage.path, found)
     print(found.plan.sentence)
     return {}
 
@@ -98,18 +101,17 @@ def scan(work: Session, stage: Stage) -> dict[str, Any]:
 def prune(work: Session, stage: Stage) -> dict[str, Any]:
     """checkpoint/ and prune.json."""
     from hfsd import prune as stages
-    from hfsd import surgery
 
     asked, source, remote = work.recipe.prune, work.source, work.recipe.model.trust_remote_code
     out = stage.path / "checkpoint"
     if asked.from_ is not None:
         made = stages.adopt(source.folder, Path(asked.from_), out, asked.check, remote)
     else:
-        if asked.range is not None:
-            plan = surgery.plan_removing(models.depth(source.folder), *asked.range, why="given by hand")
-        else:
+        if asked.blocks:
             plan = load(Scan, work.root / "scan" / "scan.json").plan
-        made = stages.run(source.folder, source.ref, plan, out, asked.check, remote)
+        else:
+            plan = surgery.plan_by_hand(models.depth(source.folder), asked)
+        made = stages.run(source.folder, source.ref, plan, out, asked.check, remote, asked.max_shard_size)
     write_atomic(stage.path / "prune.json", dumps(made))
     return {}
 

@@ -4,45 +4,51 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hfsd import data, models, surgery
+from hfsd import data, models, processes, surgery
 from hfsd import prune as pruning
 from hfsd import scan as scanning
 from hfsd.errors import BadRequest
-from hfsd.recipe import Data, Model
-from hfsd.recipe import Scan as ScanRecipe
-from hfsd.records import Checkpoint, PrunePlan, Scan, dumps
-from hfsd.rundir import write_atomic
+from hfsd.recipe import Model, Prune, Recipe
+from hfsd.records import Checkpoint, PrunePlan, Scan
 
 
-def scan(model: Model, calibration: Data, blocks: int, recipe: ScanRecipe, out: Path | None = None) -> Scan:
-    """Scores every range on a calibration source and chooses `blocks` blocks to remove.
+def scan(recipe: Recipe, out: Path | None = None) -> Scan | None:
+    """Scores every range on the text of `recipe.data` and chooses `recipe.prune.blocks` blocks to remove.
+
+    Every process of a launcher takes part.
 
     Args:
-        out: gets scan.json and scores.json; None: nothing is written.
+        out: gets scores.json, pictures and, where blocks are to be chosen, scan.json; None: nothing is written.
+
+    Returns:
+        The scan; None where `recipe.prune.blocks` is 0: then the ranges are scored and nothing is chosen.
     """
-    source = models.resolve(model)
-    rows = data.split(data.load(calibration), calibration).calibration
-    loaded = models.load(source.folder, model.dtype, model.trust_remote_code)
-    tokenizer = models.load_tokenizer(source.folder, model.trust_remote_code)
-    found = scanning.run(loaded, tokenizer, rows, recipe, blocks, source.ref)
-    if out is not None:
-        write_atomic(out / "scan.json", dumps(found))
-        write_atomic(out / "scores.json", dumps(found.scores[recipe.tokens]))
+    source = models.resolve(recipe.model)
+    passages = data.passages(recipe.data)
+    asked = recipe.model
+    loaded = models.load(source.folder, asked.dtype, asked.trust_remote_code, asked.device_map)
+    tokenizer = models.load_tokenizer(source.folder, asked.trust_remote_code)
+    found = None
+    if recipe.prune.blocks:
+        found = scanning.run(loaded, tokenizer, passages, recipe.scan, recipe.prune.blocks, source.ref)
+    scores = found.scores if found else scanning.scores_only(loaded, tokenizer, passages, recipe.scan)
+    if out is not None and processes.rank() == 0:
+        scanning.write(scores, recipe.scan.tokens, out, found)
     return found
 
 
-def prune(model: Model, out: Path, remove: tuple[int, int] | PrunePlan, check: str = "auto") -> Checkpoint:
-    """Writes the checkpoint without a range of blocks (0-based, half-open), or by a plan, to the new folder `out`.
+def prune(model: Model, out: Path, asked: Prune, plan: PrunePlan | None = None) -> Checkpoint:
+    """Writes the checkpoint without some blocks to the new folder `out`.
+
+    Args:
+        asked: which blocks, where no plan is given, and how to write and check.
+        plan: a scan's choice.
 
     Raises:
-        BadRequest: `out` is there already, or the range does not fit.
+        BadRequest: `out` is there already, or the blocks do not fit.
     """
     if out.exists():
         raise BadRequest(f"{out} is there already; give another --out, or remove it first")
     source = models.resolve(model)
-    plan = (
-        remove
-        if isinstance(remove, PrunePlan)
-        else surgery.plan_removing(models.depth(source.folder), *remove, why="by hand")
-    )
-    return pruning.run(source.folder, source.ref, plan, out, check, model.trust_remote_code)
+    plan = plan or surgery.plan_by_hand(models.depth(source.folder), asked)
+    return pruning.run(source.folder, source.ref, plan, out, asked.check, model.trust_remote_code, asked.max_shard_size)

@@ -7,30 +7,46 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hfsd.errors import BadRequest, Refusal
-from hfsd.models import DEPTH_FIELDS, decoder_blocks, text_config
+from hfsd.models import DEPTH_FIELDS, decoder_blocks, outermost, text_config
+from hfsd.recipe import Prune
 from hfsd.records import PrunePlan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+# Architectures that the tests cut at every place with both levels of the self-check (tests/architectures.py): for
+# these alone the numeric level may be left out.
+TESTED = frozenset(
+    "cohere2 deepseek_v3 falcon gemma2 gemma3_text gpt2 gpt_neox gpt_oss granite granitemoehybrid lfm2 llama "
+    "llama4_text mistral mixtral olmo2 olmo3 opt phi3 qwen2 qwen3 qwen3_moe qwen3_next smollm3 stablelm".split()
+)
 # Lists of block indices (not one entry per block): re-mapped to the new numbers.
 INDEX_LISTS = ("mlp_only_layers", "moe_layers", "full_attn_idxs")
 # Lists whose length has nothing to do with the depth, even where it happens to be equal.
 NOT_PER_BLOCK = ("architectures", "eos_token_id", "bos_token_id", "pad_token_id")
 # "The first k blocks are dense": k shrinks by the removed ones below it.
 LEADING_COUNTS = ("first_k_dense_replace", "num_dense_layers", "max_window_layers")
-# Every k-th block differs, counted from block 0: a cut shifts the pattern against the weights.
-CADENCES = (
-    "decoder_sparse_step",
-    "interleave_moe_layer_step",
-    "moe_layer_frequency",
-    "attn_layer_period",
-    "expert_layer_period",
-)
+# Blocks behind the stack that predict further tokens: trained for the uncut model, left out of a cut one.
+EXTRA_BLOCKS = "num_nextn_predict_layers"
+# Every k-th block differs, counted from block 0: a cut shifts the pattern against the weights. Beside each, the list
+# that says the same block by block and, where the config has it, goes before the cadence.
+CADENCES = {
+    "decoder_sparse_step": None,
+    "moe_layer_freq": None,
+    "moe_layer_frequency": None,
+    "attn_layer_period": None,
+    "expert_layer_period": None,
+    "interleave_moe_layer_step": "moe_layers",
+    "no_rope_layer_interval": "no_rope_layers",
+    "sliding_window_pattern": "layer_types",
+}
+# Flags under which a block computes with its own index.
+BY_INDEX = ("scale_attn_by_inverse_layer_idx",)
+OTHER_TOWER = re.compile(r"vision|visual|audio|speech|image")
 BLOCK_NAME = re.compile(r"(?<![A-Za-z0-9_])(layers|h|blocks|block)\.(\d+)(?=\.|$)")
 LAYER_PATTERN = re.compile(r"(?:layers|h|blocks|block)\\?\.(?![0-9]+(?:\\?\.|$))[\\\[(*]")
 
@@ -43,16 +59,34 @@ def plan_removing(n_layers: int, start: int, stop: int, why: str) -> PrunePlan:
     """
     if not 0 <= start < stop <= n_layers:
         raise BadRequest(f"blocks [{start}, {stop}) are not within [0, {n_layers}), the blocks this model has")
-    if stop - start == n_layers:
-        raise BadRequest(f"blocks [{start}, {stop}) are all {n_layers} blocks; at least one must stay")
-    return PrunePlan(n_layers, (*range(start), *range(stop, n_layers)), why)
+    return plan_keeping(n_layers, (*range(start), *range(stop, n_layers)), why)
+
+
+def plan_keeping(n_layers: int, kept: Sequence[int], why: str) -> PrunePlan:
+    """The plan that keeps the blocks `kept` (ascending) and removes the others.
+
+    Raises:
+        BadRequest: no block is left, or one is kept that the model does not have.
+    """
+    if not kept:
+        raise BadRequest(f"all {n_layers} blocks would go; at least one must stay")
+    if wrong := [i for i in kept if not 0 <= i < n_layers]:
+        raise BadRequest(f"block {wrong[0]} is not within [0, {n_layers}), the blocks this model has")
+    return PrunePlan(n_layers, tuple(kept), why)
+
+
+def plan_by_hand(n_layers: int, asked: Prune) -> PrunePlan:
+    """The plan of a recipe that names the blocks itself, by `remove`, by `keep`, or by `blocks: 0` (a copy)."""
+    if asked.range is not None:
+        return plan_removing(n_layers, *asked.range, why="given by hand")
+    return plan_keeping(n_layers, asked.kept or range(n_layers), why="given by hand" if asked.kept else "a copy")
 
 
 def refuse_unsound(config: dict[str, Any], kept: Sequence[int], n_layers: int) -> None:
     """Refuses what cannot be cut soundly, by name and reason.
 
     Raises:
-        Refusal: encoder-decoders, key-value sharing between blocks, a cadence that the cut would shift.
+        Refusal: encoder-decoders, key-value sharing between blocks, a cadence or an index that the cut would shift.
     """
     text = text_config(config)
     kind = text.get("model_type", config.get("model_type", "unknown"))
@@ -64,12 +98,18 @@ def refuse_unsound(config: dict[str, Any], kept: Sequence[int], n_layers: int) -
         raise Refusal(
             f"{kind}: its last {text['num_kv_shared_layers']} blocks reuse the keys and values of earlier ones"
         )
-    for name in CADENCES:
+    shifts = {old - new for new, old in enumerate(kept)}
+    for name, instead in CADENCES.items():
         step = text.get(name)
-        if isinstance(step, int) and step > 1 and any((new - old) % step for new, old in enumerate(kept)):
+        if instead is not None and isinstance(text.get(instead), list):
+            continue
+        if isinstance(step, int) and step > 1 and any(shift % step for shift in shifts):
             raise Refusal(
-                f"{kind}: every {step}th block differs ({name}) and this cut would shift that; cut a multiple of {step}"
+                f"{kind}: one block in {step} differs ({name}) and this cut would shift that; cut a multiple of {step}"
             )
+    for name in BY_INDEX:
+        if text.get(name) and shifts != {0}:
+            raise Refusal(f"{kind}: its blocks compute with their own index ({name}); only its last blocks can go")
 
 
 def cut_config(config: dict[str, Any], kept: Sequence[int], n_layers: int) -> dict[str, Any]:
@@ -91,20 +131,43 @@ def cut_config(config: dict[str, Any], kept: Sequence[int], n_layers: int) -> di
             text[name] = [value[i] for i in kept]
         elif name in LEADING_COUNTS and isinstance(value, int):
             text[name] = sum(1 for i in kept if i < value)
+        elif name == EXTRA_BLOCKS and len(kept) < n_layers:
+            text[name] = 0
     return _renamed(config, renumber)
 
 
-def cut_name(name: str, prefix: str, kept: Sequence[int]) -> str | None:
+def stack_prefix(names: Iterable[str], config: dict[str, Any], n_layers: int) -> str:
+    """The dotted name under which a checkpoint stores the blocks 0 .. n_layers-1, such as `model.layers`.
+
+    Further blocks behind the stack (multi-token prediction) may follow; a vision or audio tower is none.
+
+    Raises:
+        BadRequest: there is no such stack, or more than one.
+    """
+    depths = (n_layers, n_layers + (text_config(config).get(EXTRA_BLOCKS) or 0))
+    numbers: dict[str, set[int]] = {}
+    for name in names:
+        for found in re.finditer(r"\.(\d+)(?=\.)", name):
+            numbers.setdefault(name[: found.start()], set()).add(int(found[1]))
+    stacks = outermost(p for p, seen in numbers.items() if any(seen == set(range(d)) for d in depths))
+    fits = [p for p in stacks if not OTHER_TOWER.search(p)]
+    if len(fits) != 1:
+        here = ", ".join(f"{p} ({len(numbers[p])} blocks)" for p in outermost(numbers)) or "none"
+        raise BadRequest(f"looked for one stack of {n_layers} blocks in the tensor names and found: {here}")
+    return fits[0]
+
+
+def cut_name(name: str, prefix: str, plan: PrunePlan) -> str | None:
     """The new name of a tensor, or None for a tensor of a removed block.
 
     Args:
         prefix: dotted name of the decoder stack in the checkpoint, such as `model.layers`.
     """
     found = re.match(rf"{re.escape(prefix)}\.(\d+)\.", name)
-    if not found:
+    if not found or len(plan.kept) == plan.n_layers:
         return name
     old = int(found[1])
-    return f"{prefix}.{list(kept).index(old)}.{name[found.end() :]}" if old in kept else None
+    return f"{prefix}.{plan.kept.index(old)}.{name[found.end() :]}" if old in plan.kept else None
 
 
 def view(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:

@@ -49,7 +49,7 @@ def scan(plan: PrunePlan = PLAN) -> Scan:
     """A made-up scan of six blocks."""
     values = {w: [0.05 * w + 0.01 * s for s in range(6 - w + 1)] for w in range(1, 6)}
     scores = {t: BlockScores("angular", t, 8, 400, values) for t in ("all", "last")}
-    found = [Candidate(2, 4, 3.6, "all tokens"), Candidate(0, 2, 5.2, "last tokens")]
+    found = [Candidate((2, 3), 3.6, "all tokens"), Candidate((0, 1), 5.2, "last tokens")]
     return Scan(scores, found, 3.2, plan, ModelRef("tiny"), 1.5)
 
 

@@ -51,9 +51,12 @@ def test_all_faults_at_once_with_the_nearest_names() -> None:
 @pytest.mark.parametrize(
     ("prune", "message"),
     [
-        ("{}", "exactly one of blocks, remove, from; got none"),
+        ("{}", "exactly one of blocks, remove, keep, from; got none"),
         ("{blocks: 2, remove: '1:3'}", "got blocks and remove"),
-        ("{blocks: 0}", "greater than or equal to 1"),
+        ("{blocks: -1}", "greater than or equal to 0"),
+        ("{keep: '3,1'}", "no list of blocks, each once and ascending"),
+        ("{remove: '5:5'}", "no range START:STOP"),
+        ("{blocks: 2, max_shard_size: big}", "max_shard_size"),
         ("{blocks: two}", "got 'two'"),
     ],
 )

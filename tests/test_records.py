@@ -34,7 +34,7 @@ def test_the_sentence_of_a_range() -> None:
 def test_nested_records_round_trip(values: dict[int, list[float]], revision: str | None, loss: float) -> None:
     scores = {"all": BlockScores("angular", "all", 3, 9, values)}
     plan = PrunePlan(4, (0, 3), "x")
-    scan = Scan(scores, [Candidate(1, 3, loss, "all tokens")], loss, plan, ModelRef("a/b", revision), 1.5)
+    scan = Scan(scores, [Candidate((1, 2), loss, "all tokens")], loss, plan, ModelRef("a/b", revision), 1.5)
     assert from_json(Scan, json.loads(dumps(scan))) == scan
 
 

@@ -102,7 +102,7 @@ def test_few_widths_and_several_cuts_still_draw():
     few = replace(scan(), scores={"all": BlockScores("bi", "all", 8, 400, {1: [0.1, 0.2, 0.1, 0.3, 0.2, 0.5]})})
     gaps = PrunePlan(6, (0, 2, 4, 5), "by hand")
     for found, plan in ((few, PLAN), (scan(), gaps), (few, gaps)):
-        figures.block_scores(found, plan).draw_without_rendering()
+        figures.block_scores(found.scores["all"], plan).draw_without_rendering()
         figures.candidates(found, plan).draw_without_rendering()
 
 

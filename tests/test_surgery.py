@@ -37,9 +37,12 @@ def test_config_lists_follow_the_blocks(kept: tuple[int, ...]) -> None:
 
 @given(kept_of_8, st.integers(0, 7))
 def test_tensor_names(kept: tuple[int, ...], block: int) -> None:
-    new = surgery.cut_name(f"model.layers.{block}.mlp.up_proj.weight", "model.layers", kept)
+    plan = surgery.plan_keeping(8, kept, "")
+    new = surgery.cut_name(f"model.layers.{block}.mlp.up_proj.weight", "model.layers", plan)
     assert new == (f"model.layers.{kept.index(block)}.mlp.up_proj.weight" if block in kept else None)
-    assert surgery.cut_name("model.norm.weight", "model.layers", kept) == "model.norm.weight"
+    assert surgery.cut_name("model.norm.weight", "model.layers", plan) == "model.norm.weight"
+    behind = surgery.cut_name("model.layers.8.eh_proj.weight", "model.layers", plan)  # predicts further tokens
+    assert behind == ("model.layers.8.eh_proj.weight" if len(kept) == 8 else None)
 
 
 @pytest.mark.parametrize(
@@ -47,7 +50,7 @@ def test_tensor_names(kept: tuple[int, ...], block: int) -> None:
     [
         ({"model_type": "t5", "is_encoder_decoder": True}, "encoder-decoder"),
         ({"model_type": "gemma3n", "num_kv_shared_layers": 10}, "reuse the keys and values"),
-        ({"model_type": "jamba", "attn_layer_period": 4}, "every 4th block differs"),
+        ({"model_type": "jamba", "attn_layer_period": 4}, "one block in 4 differs"),
     ],
 )
 def test_what_cannot_be_cut_soundly_is_refused_by_name(config: dict, reason: str) -> None:
@@ -59,6 +62,18 @@ def test_a_pattern_over_blocks_is_refused() -> None:
     config = {"num_hidden_layers": 4, "quantization_config": {"ignore": [r"re:model\.layers\.[0-2]\.mlp"]}}
     with pytest.raises(Refusal, match="cannot be renumbered"):
         surgery.cut_config(config, (0, 1), 4)
+
+
+def test_the_stack_is_found_by_its_numbers() -> None:
+    def named(*stacks: tuple[str, int]) -> list[str]:
+        return [f"{prefix}.{i}.weight" for prefix, count in stacks for i in range(count)]
+
+    assert surgery.stack_prefix(named(("vision.layers", 4), ("model.layers", 4)), {}, 4) == "model.layers"
+    assert surgery.stack_prefix(named(("h", 4), ("h.0.experts", 4)), {}, 4) == "h"
+    assert surgery.stack_prefix(named(("model.layers", 5)), {"num_nextn_predict_layers": 1}, 4) == "model.layers"
+    for stacks in ((("model.layers", 5),), (("a.layers", 4), ("b.layers", 4)), (("model.layers", 3),), ()):
+        with pytest.raises(BadRequest, match="looked for one stack of 4 blocks"):
+            surgery.stack_prefix(named(*stacks), {}, 4)
 
 
 def test_plans_of_ranges() -> None:

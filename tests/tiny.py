@@ -76,6 +76,14 @@ def problems(count: int = 40) -> list[dict[str, str]]:
     return rows
 
 
+def example(i: int) -> Any:
+    """One of `problems` as the package's own record."""
+    from hfsd.records import Example
+
+    row = problems(i + 1)[i]
+    return Example(f"r{i}", row["question"], row["answer"])
+
+
 def data_file(path: Path, count: int = 40) -> Path:
     """`problems` as a .jsonl file."""
     path.write_text("".join(json.dumps(row) + "\n" for row in problems(count)), encoding="utf-8")

@@ -1,0 +1,51 @@
+"""Data-parallel work over the processes of `accelerate launch` or `torchrun`, with equal results on each of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from typing import TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def count() -> int:
+    """Processes that work together; 1 where no launcher says otherwise."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """This process's number, from 0. Process 0 writes and prints."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def local_rank() -> int:
+    """This process's number on its machine, which is the number of its accelerator."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def spread(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """`map(work, items)` with the items of each round spread over the processes.
+
+    Every process sees every result, in the order of the items, so that sums come out equal to the last bit on any
+    number of processes. Results are gathered as plain Python data: keep them small.
+    """
+    if count() == 1:
+        yield from map(work, items)
+        return
+    from accelerate.utils import gather_object
+
+    _connect()
+    left = iter(items)
+    while round_ := list(islice(left, count())):
+        mine = [work(item) for item in round_[rank() : rank() + 1]]
+        yield from gather_object(mine)
+
+
+def _connect() -> None:
+    import torch
+    from accelerate import PartialState
+
+    PartialState(cpu=not torch.accelerator.is_available())

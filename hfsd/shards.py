@@ -1,0 +1,205 @@
+"""Safetensors checkpoints as bytes: where each tensor lies, and new shards copied from old ones.
+
+No tensor passes through torch or through this process's memory: headers are rewritten, bytes move with
+`copy_file_range`. Format: https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from hfsd.errors import BadRequest, HfsdError
+from hfsd.rundir import sha256, write_atomic
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+ALIGNMENT = 8  # bytes; the data of a file starts at a multiple of it
+# The kernel cannot copy between these two files by itself: another file system, or one without the call.
+NO_RANGE_COPY = {errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
+CHUNK = 8 << 20
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor's place in a safetensors file: bytes [start, stop) of the file. `dtype` is the format's own name."""
+
+    name: str
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def bytes(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+def read(folder: Path) -> list[Tensor]:
+    """Every tensor of a checkpoint, in the order of its bytes, from the headers of its files.
+
+    Raises:
+        BadRequest: the folder holds no safetensors checkpoint.
+        HfsdError: a file is missing, corrupt or truncated, a tensor is in two files, or the index is wrong.
+    """
+    weight_map = _weight_map(folder)
+    tensors = [t for name in sorted(set(weight_map.values())) for t in _header(folder / name)]
+    if (folder / INDEX).is_file():
+        _check_index(folder, weight_map, tensors)
+    return tensors
+
+
+def write(tensors: Sequence[tuple[str, Tensor]], folder: Path, shard_bytes: int) -> None:
+    """Copies tensors under new names into `folder`: one file, or shards of at most `shard_bytes` with an index.
+
+    A tensor larger than `shard_bytes` gets a file of its own. Nothing is flushed to the disk: a killed process loses
+    nothing by that, and waiting for the disk would take several times as long as the copy.
+
+    Args:
+        tensors: (new name, source), written in this order.
+
+    Raises:
+        HfsdError: a source ended before its header said.
+        OSError: the disk is full or read-only.
+    """
+    shards = _packed(tensors, shard_bytes)
+    if len(shards) == 1:
+        _write_file(shards[0], folder / WEIGHTS)
+        return
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        _write_file(shard, folder / file)
+        weight_map |= {name: file for name, _ in shard}
+    index = {"metadata": {"total_size": sum(t.bytes for _, t in tensors)}, "weight_map": weight_map}
+    write_atomic(folder / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """sha256 of every safetensors file; as many at a time as there are cores."""
+    files = sorted(folder.glob("*.safetensors"))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip([f.name for f in files], pool.map(sha256, files), strict=True))
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    """Tensor -> file by the index; without one, the one file stands for all of its tensors."""
+    if not (folder / INDEX).is_file():
+        if not (folder / WEIGHTS).is_file():
+            raise BadRequest(f"{folder}: neither {WEIGHTS} nor {INDEX}; give the folder of a transformers checkpoint")
+        return {"": WEIGHTS}
+    try:
+        weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError("its weight_map is empty")
+    except (ValueError, KeyError, TypeError) as error:
+        raise HfsdError(f"{folder / INDEX} is no index of tensors: {error}; fetch the checkpoint again") from None
+    if strange := sorted(f for f in weight_map.values() if Path(str(f)).name != f):
+        raise HfsdError(f"{folder / INDEX} names the file {strange[0]!r}, which is outside of the folder; refused")
+    return weight_map
+
+
+def _check_index(folder: Path, weight_map: dict[str, str], tensors: Sequence[Tensor]) -> None:
+    places: dict[str, str] = {}
+    for tensor in tensors:
+        if tensor.name in places:
+            fault = f"tensor {tensor.name} is in {places[tensor.name]} and in {tensor.file.name}"
+            raise HfsdError(f"{folder}: {fault}; fetch the checkpoint again")
+        places[tensor.name] = tensor.file.name
+    for name, file in sorted(weight_map.items()):
+        if places.get(name) != file:
+            fault = f"the index names {name} in {file}, which does not hold it"
+            raise HfsdError(f"{folder}: {fault}; fetch the checkpoint again")
+
+
+def _header(file: Path) -> list[Tensor]:
+    """The tensors of one file by their place. The safetensors library itself checks header, sizes and offsets."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "np"), open(file, "rb") as handle:
+            length = int.from_bytes(handle.read(8), "little")
+            header = json.loads(handle.read(length))
+    except FileNotFoundError:
+        raise HfsdError(f"{file} is missing; fetch the checkpoint again") from None
+    except (SafetensorError, ValueError) as error:
+        raise HfsdError(f"{file} is corrupt or truncated: {error}; fetch the checkpoint again") from None
+    header.pop("__metadata__", None)
+    begin = 8 + length
+    found = [
+        Tensor(n, file, v["dtype"], tuple(v["shape"]), *(begin + at for at in v["data_offsets"]))
+        for n, v in header.items()
+    ]
+    return sorted(found, key=lambda t: (t.start, t.stop))
+
+
+def _packed(tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> list[list[tuple[str, Tensor]]]:
+    shards: list[list[tuple[str, Tensor]]] = [[]]
+    filled = 0
+    for name, tensor in tensors:
+        if shards[-1] and filled + tensor.bytes > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append((name, tensor))
+        filled += tensor.bytes
+    return shards
+
+
+def _write_file(tensors: Sequence[tuple[str, Tensor]], path: Path) -> None:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, tensor in tensors:
+        stop = offset + tensor.bytes
+        header[name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [offset, stop]}
+        offset = stop
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % ALIGNMENT)
+    with open(path, "wb", buffering=0) as target:
+        _write_all(target, len(text).to_bytes(8, "little") + text)
+        for file, start, stop in _runs([t for _, t in tensors]):
+            with open(file, "rb", buffering=0) as source:
+                _copy(source, start, stop, target)
+
+
+def _runs(tensors: Sequence[Tensor]) -> list[tuple[Path, int, int]]:
+    """Neighbours that stay neighbours are one copy: the kept blocks of a file are usually two runs, not hundreds."""
+    runs: list[tuple[Path, int, int]] = []
+    for tensor in tensors:
+        if runs and runs[-1][0] == tensor.file and runs[-1][2] == tensor.start:
+            runs[-1] = (tensor.file, runs[-1][1], tensor.stop)
+        elif tensor.bytes:
+            runs.append((tensor.file, tensor.start, tensor.stop))
+    return runs
+
+
+def _copy(source: IO[bytes], start: int, stop: int, target: IO[bytes]) -> None:
+    """Appends bytes [start, stop) of a file to another."""
+    while start < stop:
+        try:
+            moved = os.copy_file_range(source.fileno(), target.fileno(), stop - start, offset_src=start)
+        except OSError as error:
+            if error.errno not in NO_RANGE_COPY:
+                raise
+            chunk = os.pread(source.fileno(), min(stop - start, CHUNK), start)
+            _write_all(target, chunk)
+            moved = len(chunk)
+        if not moved:
+            raise HfsdError(f"{source.name} ended {stop - start} bytes early; fetch the checkpoint again")
+        start += moved
+
+
+def _write_all(target: IO[bytes], data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[target.write(view) :]
