@@ -1,26 +1,22 @@
-"""The command line: parse, call, print. Results go to stdout, progress and errors to stderr.
-
-Exit codes: 0 done, 1 failed, 2 a bad request, 130 interrupted.
-"""
+"""The command line: parse, call, print."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from hfsd import processes
-from hfsd.errors import BadRequest, HfsdError, nearest
+from hfsd.errors import BadRequest, nearest
+from hfsd.terminal import numbers, print_results, spoken
 
 if TYPE_CHECKING:
     from hfsd.recipe import Recipe
-    from hfsd.records import Results, Scan
+    from hfsd.records import Scan
 
 app = typer.Typer(
     help="Prune decoder blocks out of a language model and bring its quality back by self-data distillation.",
@@ -37,7 +33,7 @@ Sets = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a field of the recipe; repeatable.")
 ]
 Out = Annotated[Path | None, typer.Option("--out", help="Run directory (default: runs/NAME).")]
-NewFolder = Annotated[Path, typer.Option("--out", help="Folder for the result; must not hold another one.")]
+NewFolder = Annotated[Path, typer.Option("--out", help="New folder for the result.")]
 ModelArg = Annotated[str, typer.Argument(help="Hub id, folder, *.gguf file, or package:DIST==VERSION/FILE.")]
 DataArg = Annotated[str, typer.Argument(help="gym:NAME, a .jsonl/.json/.csv/.parquet file, or a Hub dataset id.")]
 RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that the model's repo brings.")]
@@ -66,7 +62,7 @@ def run(
         if (root / "report" / "DONE.json").is_file() and until in (None, "report", "publish"):
             found = pipeline.results(root)
             print_results(found, root)
-            say(run=str(root), **_numbers(found))
+            say(run=str(root), **numbers(found))
         else:
             say(run=str(root), until=until)
 
@@ -97,6 +93,7 @@ def scan(
     with spoken(debug, as_json) as say:
         given = {"rows": rows, "max_length": max_length, "widths": widths, "metric": metric}
         given |= {"tokens": tokens, "select": select, "search": search}
+        _refuse_existing(out)
         found = _scan(model, calibration, blocks, given, trust_remote_code, sets, out)
         sentence = found.plan.sentence if found else f"scored every range; {out / 'scores.png'} shows them"
         print(sentence)
@@ -127,17 +124,21 @@ def prune(
     """Write a checkpoint without some of its blocks, and check it against the original."""
     with spoken(debug, as_json) as say:
         from hfsd import single
-        from hfsd.recipe import Model, Prune, checked
+        from hfsd.recipe import Model, Prune
+        from hfsd.recipes import checked
 
+        if [blocks, remove, keep].count(None) != 2:
+            raise BadRequest("give one of --blocks COUNT, --remove START:STOP and --keep BLOCKS")
         asked = {"blocks": blocks, "remove": remove, "keep": keep, "check": check, "max_shard_size": max_shard_size}
         cut = checked(Prune, asked, "arguments")
         if blocks and calibration is None:
             raise BadRequest(
                 "--blocks chooses by a scan: give --calibration DATA, or name blocks with --remove or --keep"
             )
-        if out.exists():  # told before a scan is paid for
-            raise BadRequest(f"{out} is there already; give another --out, or remove it first")
+        _refuse_existing(out)
         found = _scan(model, str(calibration), blocks, {}, trust_remote_code, sets, None) if blocks else None
+        if processes.rank():  # all of a launcher's processes scan, the first one cuts
+            return
         source = Model(path=model, trust_remote_code=trust_remote_code)
         made = single.prune(source, out, cut, found.plan if found else None)
         print(made.plan.sentence)
@@ -197,7 +198,7 @@ def report(run: RunArg, as_json: Json = False, debug: Debug = False) -> None:
 
         found = pipeline.results(run)
         print_results(found, run)
-        say(run=str(run), **_numbers(found))
+        say(run=str(run), **numbers(found))
 
 
 @app.command()
@@ -266,7 +267,7 @@ def recipe(
 ) -> None:
     """Print a packaged recipe, or the names of all."""
     with spoken(debug, as_json) as say:
-        from hfsd import recipe as recipes
+        from hfsd import recipes
 
         known = recipes.packaged()
         if name is not None and name not in known:
@@ -285,77 +286,10 @@ def main() -> None:
     app()
 
 
-@contextmanager
-def spoken(debug: bool, as_json: bool) -> Iterator[Callable[..., None]]:
-    """Turns errors into one line and an exit code; yields a function that keeps the closing JSON line."""
-    closing: dict[str, Any] = {}
-    if processes.rank():  # of several processes, the first one speaks; each tells its own errors
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - until the process ends
-    try:
-        yield closing.update
-    except HfsdError as error:
-        _fail(error, error.exit_code, str(error), debug, as_json)
-    except KeyboardInterrupt as error:
-        _fail(error, 130, "interrupted; run the same command again to continue", debug, as_json)
-    except Exception as error:
-        _fail(
-            error,
-            1,
-            f"{type(error).__name__}: {' '.join(str(error).split())[:400]}; --debug shows where",
-            debug,
-            as_json,
-        )
-    if as_json:
-        from hfsd.records import to_json
-
-        print(json.dumps({"ok": True, **to_json(closing)}))
-
-
-def print_results(results: Results, root: Path) -> None:
-    """The closing table, where everything lies, and what to do next."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from hfsd.text import headline, notes, table
-
-    console = Console(highlight=False, markup=False)
-    console.print(f"\n{headline(results)}\n", style="bold")
-    # One column per variant: four scores with their intervals fit into 80 characters, nine of them would not.
-    _, *figures = zip(*table(results), strict=True)
-    shown = Table(show_lines=True, padding=0)
-    shown.add_column(overflow="fold")
-    for line in results.variants:
-        shown.add_column("\n".join([line.variant.arm, line.variant.data or ""]).strip(), overflow="fold")
-    for name, *values in figures:
-        shown.add_row(name, *(value.replace(" [", "\n[") for value in values))
-    console.print(shown)
-    for note in notes(results):
-        console.print(f"- {note}")
-    arms = [v.variant.id for v in results.variants if v.variant.arm not in ("original", "pruned")]
-    print(
-        f"\nreport    {root / 'report' / 'report.md'}\nmodels    {root / 'publish'}\nrecipe    {root / 'recipe.yaml'}"
-    )
-    if arms:
-        merged = root / "train" / arms[-1] / "merged"
-        print("\nload the recovered model:")
-        print("  from transformers import AutoModelForCausalLM, AutoTokenizer")
-        print(f'  model = AutoModelForCausalLM.from_pretrained("{merged}")')
-        print(f'  tokenizer = AutoTokenizer.from_pretrained("{merged}")')
-    print(f"compare side by side:  hfsd space {root}\npublish:               hfsd push {root} --to NAME")
-
-
-def _numbers(results: Results) -> dict[str, Any]:
-    return {
-        "variants": {
-            v.variant.id: {
-                "params": v.params,
-                "mean": v.mean,
-                "recovery": v.recovery,
-                "chance_corrected": v.chance_corrected,
-            }
-            for v in results.variants
-        }
-    }
+def _refuse_existing(out: Path) -> None:
+    """Told before anything is paid for."""
+    if out.exists():
+        raise BadRequest(f"{out} is there already; give another --out, or remove it first")
 
 
 def _scan(
@@ -367,8 +301,7 @@ def _scan(
     sets: list[str] | None,
     out: Path | None,
 ) -> Scan | None:
-    from hfsd import recipe as recipes
-    from hfsd import single
+    from hfsd import recipes, single
     from hfsd.progress import quiet
 
     asked: dict[str, Any] = {"name": "scan", "data": calibration, "prune": {"blocks": blocks}}
@@ -380,18 +313,8 @@ def _scan(
 
 
 def _run_stage(out: Path, asked: dict[str, Any], sets: list[str] | None, until: str) -> Path:
-    from hfsd import pipeline
-    from hfsd import recipe as recipes
+    from hfsd import pipeline, recipes
+    from hfsd.recipe import slug
 
-    made: Recipe = recipes.validate({"name": recipes.slug(out.name), **asked}, "arguments", sets)
+    made: Recipe = recipes.validate({"name": slug(out.name), **asked}, "arguments", sets)
     return pipeline.run(made, out=out, until=until)
-
-
-def _fail(error: BaseException, code: int, message: str, debug: bool, as_json: bool) -> None:
-    if debug:
-        raise error
-    for line in message.splitlines():
-        print(f"hfsd: {line}", file=sys.stderr)
-    if as_json:
-        print(json.dumps({"ok": False, "exit_code": code, "error": message}))
-    raise typer.Exit(code) from None

@@ -22,8 +22,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hfsd import recipe as recipes
 from hfsd.errors import BadRequest, HfsdError
+from hfsd.recipe import Evaluate as EvaluateRecipe
 from hfsd.records import EvalRow, Variant, from_json, to_json
 from hfsd.rundir import write_atomic
 
@@ -64,7 +64,7 @@ def bits_of_solution(doc: Mapping[str, Any], results: Sequence[tuple[float, bool
     return {"bits_per_byte": (results[0][0], len(doc["choices"][0].encode("utf-8")))}
 
 
-def run(model: Any, tokenizer: Any, variant: Variant, recipe: recipes.Evaluate, docs: Path, out: Path) -> list[EvalRow]:
+def run(model: Any, tokenizer: Any, variant: Variant, recipe: EvaluateRecipe, docs: Path, out: Path) -> list[EvalRow]:
     """Evaluates one variant on the recipe's tasks; the prompt is in the tokenizer's chat template, if it has one.
 
     Each task ends with two files in `out`, each whole or not there. TASK.docs.jsonl has a line per document and
@@ -113,7 +113,7 @@ def run(model: Any, tokenizer: Any, variant: Variant, recipe: recipes.Evaluate, 
     return rows
 
 
-def _units(recipe: recipes.Evaluate) -> list[tuple[tuple[str, ...], int | None]]:
+def _units(recipe: EvaluateRecipe) -> list[tuple[tuple[str, ...], int | None]]:
     """What is evaluated in one pass, and its shots: a task or group, or the demo, whose tasks share their questions."""
     units: list[tuple[tuple[str, ...], int | None]] = []
     for name in dict.fromkeys(recipe.tasks):
@@ -150,7 +150,7 @@ def _documents(docs: Path, task: str) -> str:
     return str(path.resolve())
 
 
-def _finish(lm: Any, tasks: Mapping[str, Any], variant: Variant, recipe: recipes.Evaluate, out: Path) -> None:
+def _finish(lm: Any, tasks: Mapping[str, Any], variant: Variant, recipe: EvaluateRecipe, out: Path) -> None:
     """Evaluates tasks in one pass and writes their files."""
     from lm_eval import evaluate
     from lm_eval.utils import hash_string

@@ -17,10 +17,9 @@ from typing import Any
 
 import yaml
 
-from hfsd import STAGES
-from hfsd import recipe as recipes
+from hfsd import STAGES, recipes
 from hfsd.errors import BadRequest, HfsdError, nearest
-from hfsd.recipe import Recipe
+from hfsd.recipe import Publish, Recipe
 from hfsd.records import Receipt, Results, Variant, load
 from hfsd.rundir import Stage, append_log, lock, write_atomic, write_manifest
 from hfsd.session import Session
@@ -159,7 +158,7 @@ def push(root: Path, namespace: str, private: bool = False) -> list[Receipt]:
 
     results(root)
     recipe = recipes.parse((root / "recipe.yaml").read_text(encoding="utf-8"), str(root / "recipe.yaml"))
-    recipes.checked(recipes.Publish, {"to": namespace}, "--to")
+    recipes.checked(Publish, {"to": namespace}, "--to")
     with lock(root):
         return publish.to_hub(recipe, root, models.resolve(recipe.model), root / "push" / namespace, namespace, private)
 

@@ -5,39 +5,16 @@ The help text of a field stands beside it and states the unit; `None` means deri
 
 from __future__ import annotations
 
-import copy
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, field_validator, model_validator
 
-from hfsd.errors import BadRequest, nearest
-
-PACKAGED = Path(__file__).parent / "recipes"
 NAME = re.compile(r"^[a-z0-9]([a-z0-9._-]{0,62}[a-z0-9])?$")
 RANGE = re.compile(r"^(\d+):(\d+)$")
 
-B = TypeVar("B", bound="Block")
 Positive = Annotated[int, Field(ge=1)]
-
-
-class Loader(yaml.SafeLoader):
-    """YAML 1.2's numbers: in 1.1, which PyYAML reads, 12:18 is 738, 1e-4 is a text, and 2026-01-01 is no text."""
-
-
-OLD_SCALARS = {f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "timestamp")}
-Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag not in OLD_SCALARS]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?\d+$"), list("-+0123456789"))
-Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?$"),  # what is an integer has been taken above
-    list("-+.0123456789"),
-)
 
 
 class Block(BaseModel):
@@ -310,131 +287,3 @@ def _blocks(value: str) -> tuple[int, ...] | None:
 def slug(text: str) -> str:
     """Lower case, with runs of anything but letters, digits and dots as one hyphen."""
     return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.") or "unnamed"
-
-
-def packaged() -> list[str]:
-    """Names of the recipes that travel with the package."""
-    return sorted(p.stem for p in PACKAGED.glob("*.yaml"))
-
-
-def source_text(name_or_path: str) -> tuple[str, str]:
-    """The recipe's own text and where it was read.
-
-    Raises:
-        BadRequest: neither a file nor a packaged name.
-    """
-    path = Path(name_or_path)
-    if name_or_path in packaged() and not path.is_file():
-        path = PACKAGED / f"{name_or_path}.yaml"
-    try:
-        return path.read_text(encoding="utf-8"), str(name_or_path)
-    except OSError as error:
-        hint = nearest(name_or_path, packaged())
-        known = ", ".join(packaged())
-        raise BadRequest(
-            f"recipe '{name_or_path}': no such file or packaged recipe{hint}; packaged are: {known} "
-            f"({error.strerror.lower() if error.strerror else error})"
-        ) from None
-    except UnicodeDecodeError:
-        raise BadRequest(f"recipe '{name_or_path}': not UTF-8 text; give a YAML file or one of {packaged()}") from None
-
-
-def load(name_or_path: str, sets: list[str] | None = None) -> tuple[Recipe, str]:
-    """A recipe with `--set a.b=c` applied, and its source text.
-
-    Raises:
-        BadRequest: all faults of the recipe at once, one line each.
-    """
-    text, where = source_text(name_or_path)
-    return parse(text, where, sets), text
-
-
-def parse(text: str, where: str = "recipe", sets: list[str] | None = None) -> Recipe:
-    """The recipe in a YAML text. Raises BadRequest with every fault at once."""
-    try:
-        data = yaml.load(text, Loader)
-    except yaml.YAMLError as error:
-        raise BadRequest(f"{where}: not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(data, dict):
-        raise BadRequest(f"{where}: a recipe is a mapping of blocks; see `hfsd recipe demo`")
-    return validate(data, where, sets)
-
-
-def validate(data: dict[str, Any], where: str = "recipe", sets: list[str] | None = None) -> Recipe:
-    """A recipe from plain data, with `--set` applied. Raises BadRequest with every fault at once."""
-    for item in sets or []:
-        _set(data, item)
-    return checked(Recipe, data, where)
-
-
-def checked(kind: type[B], data: dict[str, Any], where: str) -> B:
-    """One block from plain data. Raises BadRequest with every fault at once, a line each."""
-    try:
-        return kind.model_validate(data)
-    except ValidationError as error:
-        faults = sorted({_fault(e, kind) for e in error.errors()})
-        raise BadRequest("\n".join(f"{where}: {f}" for f in faults), rest=_without_faults(kind, data, error)) from None
-
-
-def _without_faults(kind: type[B], data: dict[str, Any], error: ValidationError) -> B | None:
-    """What stands without the fields that are faulty (their defaults take their place), if anything does."""
-    data = copy.deepcopy(data)
-    for fault in error.errors():
-        *parents, last = fault["loc"] or (None,)
-        block: Any = data
-        for name in parents:
-            block = block.get(name) if isinstance(block, dict) else None
-        if isinstance(block, dict):
-            block.pop(last, None)
-    try:
-        return kind.model_validate(data)
-    except ValidationError:
-        return None
-
-
-def dump(recipe: Recipe) -> dict[str, Any]:
-    """Plain data of a resolved recipe; `validate(dump(r)) == r`."""
-    return recipe.model_dump(mode="json", by_alias=True)
-
-
-def _set(data: dict[str, Any], item: str) -> None:
-    key, sign, value = item.partition("=")
-    if not sign or not key.strip("."):
-        raise BadRequest(f"--set {item}: write it as a.b=c, such as --set prune.blocks=6")
-    *parents, last = key.split(".")
-    for parent in parents:
-        step = data.setdefault(parent, {})
-        if isinstance(step, str) and parent in ("model", "data"):
-            step = data[parent] = {"path" if parent == "model" else "source": step}
-        if not isinstance(step, dict):
-            raise BadRequest(f"--set {item}: '{parent}' is {step!r}, which has no fields")
-        data = step
-    try:
-        data[last] = yaml.load(value, Loader)
-    except yaml.YAMLError:
-        raise BadRequest(f"--set {item}: {value!r} is not a YAML value; quote it") from None
-
-
-def _fault(error: Any, kind: type[Block]) -> str:
-    """One fault in one line: the field's dotted path, what was received, what would be right."""
-    location = [str(p) for p in error["loc"]]
-    path = ".".join(location) or "recipe"
-    if error["type"] == "extra_forbidden":
-        block = _block_at(kind, location[:-1])
-        return f"{path}: unknown key{nearest(location[-1], block)}; known are: {', '.join(block)}"
-    if error["type"] == "missing":
-        return f"{path}: missing"
-    message = error["msg"].removeprefix("Value error, ")
-    if error["type"] == "value_error":
-        return f"{path}: {message}"
-    return f"{path}: {message[:1].lower() + message[1:]}; got {error['input']!r}"
-
-
-def _block_at(kind: type[Block], location: list[str]) -> list[str]:
-    """Names of the fields of the block at a dotted place, as a recipe spells them."""
-    block: Any = kind
-    for name in location:
-        field = next(f for n, f in block.model_fields.items() if (f.alias or n) == name)
-        kinds = (field.annotation, *getattr(field.annotation, "__args__", ()))
-        block = next(k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel))
-    return [f.alias or n for n, f in block.model_fields.items()]

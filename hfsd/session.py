@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from hfsd import data, models, surgery
-from hfsd import recipe as recipes
-from hfsd.recipe import Recipe
+from hfsd import data, models, recipes, surgery
+from hfsd.recipe import Data, Recipe
 from hfsd.records import Checkpoint, EvalRow, Scan, TrainReport, TrainSet, Variant, dumps, from_json, load
 from hfsd.rundir import DONE, Stage, read_json, write_atomic
 
@@ -91,7 +90,7 @@ def scan(work: Session, stage: Stage) -> dict[str, Any]:
     if asked.calibration is None:
         passages: list[data.Passage] = [data.conversation(e) for e in work.splits.calibration]
     else:
-        passages = data.passages(recipes.Data(source=asked.calibration, seed=work.recipe.data.seed))
+        passages = data.passages(Data(source=asked.calibration, seed=work.recipe.data.seed))
     found = stages.run(work.original, work.tokenizer, passages, asked, blocks, work.source.ref)
     stages.write(found.scores, asked.tokens, stage.path, found)
     print(found.plan.sentence)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from hfsd import data, models
 from hfsd.errors import BadRequest
-from hfsd.recipe import Data, Model, Recipe, parse, slug
+from hfsd.recipe import Data, Model, Recipe, slug
+from hfsd.recipes import parse
 
 TEMPLATE = """\
 # Made by `hfsd init`. Run it with: hfsd run FILE. Every field, with its meaning: hfsd recipe demo, and the README.

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from hfsd import recipe as recipes
+from hfsd import recipes
 from hfsd.cli import app
 from tests import tiny
 
@@ -67,6 +67,16 @@ def test_every_command_is_there() -> None:
         (["prune", "nowhere.gguf", "--remove", "1:2", "--out", "x"], "hfsd: model.path: no file nowhere.gguf"),
         (["prune", "m", "--remove", "2:1", "--out", "x"], "hfsd: arguments: remove: '2:1' is no range"),
         (["prune", "m", "--blocks", "2", "--out", "x"], "hfsd: --blocks chooses by a scan: give --calibration"),
+        (["prune", "m", "--keep", "3,1", "--out", "x"], "hfsd: arguments: keep: '3,1' is no list of blocks"),
+        (["prune", "m", "--out", "x"], "hfsd: give one of --blocks COUNT, --remove START:STOP and --keep BLOCKS"),
+        (
+            ["scan", "m", "--calibration", "t.txt", "--widths", "3", "--out", "x"],
+            "hfsd: arguments: scan.widths: '3' is",
+        ),
+        (
+            ["scan", "m", "--calibration", "t.txt", "--metric", "l2", "--out", "x"],
+            "hfsd: arguments: scan.metric: input",
+        ),
         (["init", "nowhere.gguf", "gym:gsm_symbolic"], "hfsd: model.path: no file nowhere.gguf"),
     ],
 )
@@ -153,6 +163,43 @@ def test_prune_and_scan_by_hand(model_folder: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     scores = json.loads((tmp_path / "scan" / "scores.json").read_text())
     assert set(scores) == {"metric", "tokens", "samples", "n_tokens", "values"} and len(scores["values"]["2"]) == 5
+
+
+def test_scan_alone_scores_and_chooses_nothing(model_folder: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("Six eggs and four cups. " * 40)
+    words = ["scan", str(model_folder), "--calibration", str(text), "--out", str(tmp_path / "out")]
+    words += ["--rows", "5", "--max-length", "64", "--widths", "1:4", "--metric", "bi", "--tokens", "last", "--json"]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    closing = json.loads(result.stdout.splitlines()[-1])
+    assert closing["kept"] is None and "scored every range" in closing["sentence"]
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert (scores["metric"], scores["tokens"], scores["samples"], scores["n_tokens"]) == ("bi", "last", 5, 5)
+    assert {w: len(v) for w, v in scores["values"].items()} == {"1": 6, "2": 5, "3": 4}
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["scores.json", "scores.png"]
+    again = CliRunner().invoke(app, words)
+    assert again.exit_code == 2 and "is there already" in again.stderr
+
+
+def test_prune_chooses_by_a_scan_keeps_by_hand_and_copies(model_folder: Path, tmp_path: Path) -> None:
+    rows = tiny.data_file(tmp_path / "rows.jsonl", 60)
+    sets = [word for item in ("scan.rows=4", "scan.verify_rows=2") for word in ("--set", item)]
+
+    def prune(out: str, *words: str) -> dict:
+        result = CliRunner().invoke(app, ["prune", str(model_folder), "--out", str(tmp_path / out), "--json", *words])
+        assert result.exit_code == 0, result.output
+        return json.loads(result.stdout.splitlines()[-1])
+
+    chosen = prune("chosen", "--blocks", "2", "--calibration", str(rows), *sets)
+    history = json.loads((tmp_path / "chosen" / "hfsd.json").read_text())
+    assert chosen["sentence"].endswith("keeps 4") and len(history["kept"]) == 4
+    assert {"loss", "original_loss", "angular_all", "angular_last"} <= set(history["cuts"][0]["scores"])
+    kept = prune("kept", "--keep", "0,2,5", "--max-shard-size", "20KB")
+    assert kept["sentence"].startswith("removes blocks {1, 3, 4} of 6")
+    assert len(list((tmp_path / "kept").glob("*.safetensors"))) > 1
+    assert prune("copy", "--blocks", "0")["sentence"] == "removes no block of 6; keeps 6"
+    assert {"copy", "structure", "numeric", "hash"} == set(kept["seconds"])
 
 
 def test_init_prints_a_recipe_that_parses(model_folder: Path, tmp_path: Path) -> None:

@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hfsd import pipeline
-from hfsd import recipe as recipes
+from hfsd import pipeline, recipes
 from tests import tiny
 
 SLOW = {"rewrite__batch_rows": 2, "rewrite__temperature": 0.7, "rewrite__max_new_tokens": 24}

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hfsd import recipe as recipes
+from hfsd import recipes
 from tests import tiny
 from tests.hub import hub_env
 from tests.hub.server import LoopbackHub

@@ -119,7 +119,7 @@ def test_a_wrong_recipe_lists_every_fault_before_anything_is_made(model_folder: 
 def test_faults_of_shape_and_of_fact_are_told_together(model_folder: Path, tmp_path: Path) -> None:
     import yaml
 
-    from hfsd import recipe as recipes
+    from hfsd import recipes
 
     data = recipes.dump(tiny.recipe(model_folder, prune__blocks=9, data__source="nowhere.jsonl"))
     data["train"]["sead"] = 3

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from hfsd import recipe as recipes
+from hfsd import recipes
 from hfsd.cli import app
 
 ROOT = Path(__file__).parents[1]

@@ -7,8 +7,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hfsd import recipe as recipes
+from hfsd import recipes
 from hfsd.errors import BadRequest
+from hfsd.recipe import NAME, slug
 
 MINIMAL = "name: x\nmodel: org/model\ndata: rows.jsonl\nprune: {blocks: 3}\n"
 
@@ -91,7 +92,7 @@ def test_what_is_no_recipe() -> None:
 
 @given(st.text(max_size=40))
 def test_a_slug_is_a_name_or_unnamed(text: str) -> None:
-    assert recipes.NAME.match(recipes.slug(text)[:64].strip("-."))
+    assert NAME.match(slug(text)[:64].strip("-."))
 
 
 @given(

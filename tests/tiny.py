@@ -92,7 +92,7 @@ def data_file(path: Path, count: int = 40) -> Path:
 
 def recipe(model: Path, **changes: Any) -> Any:
     """A whole recipe for a tiny model, seconds to run. `changes` are dotted fields with `__` for the dot."""
-    from hfsd import recipe as recipes
+    from hfsd import recipes
 
     data = {
         "name": "tiny",

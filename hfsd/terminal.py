@@ -1,0 +1,106 @@
+"""What a command says and how it ends. Results go to stdout, progress and errors to stderr.
+
+Exit codes: 0 done, 1 failed, 2 a bad request, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from hfsd import processes
+from hfsd.errors import HfsdError
+
+if TYPE_CHECKING:
+    from hfsd.records import Results
+
+
+@contextmanager
+def spoken(debug: bool, as_json: bool) -> Iterator[Callable[..., None]]:
+    """Turns errors into one line and an exit code; yields a function that keeps the closing JSON line."""
+    closing: dict[str, Any] = {}
+    if processes.rank():  # of several processes, the first one speaks; each tells its own errors
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - until the process ends
+    try:
+        yield closing.update
+    except HfsdError as error:
+        _fail(error, error.exit_code, str(error), debug, as_json)
+    except KeyboardInterrupt as error:
+        _fail(error, 130, "interrupted; run the same command again to continue", debug, as_json)
+    except Exception as error:
+        _fail(
+            error,
+            1,
+            f"{type(error).__name__}: {' '.join(str(error).split())[:400]}; --debug shows where",
+            debug,
+            as_json,
+        )
+    if as_json:
+        from hfsd.records import to_json
+
+        print(json.dumps({"ok": True, **to_json(closing)}))
+
+
+def print_results(results: Results, root: Path) -> None:
+    """The closing table, where everything lies, and what to do next."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from hfsd.text import headline, notes, table
+
+    console = Console(highlight=False, markup=False)
+    console.print(f"\n{headline(results)}\n", style="bold")
+    # One column per variant: four scores with their intervals fit into 80 characters, nine of them would not.
+    _, *figures = zip(*table(results), strict=True)
+    shown = Table(show_lines=True, padding=0)
+    shown.add_column(overflow="fold")
+    for line in results.variants:
+        shown.add_column("\n".join([line.variant.arm, line.variant.data or ""]).strip(), overflow="fold")
+    for name, *values in figures:
+        shown.add_row(name, *(value.replace(" [", "\n[") for value in values))
+    console.print(shown)
+    for note in notes(results):
+        console.print(f"- {note}")
+    arms = [v.variant.id for v in results.variants if v.variant.arm not in ("original", "pruned")]
+    print(
+        f"\nreport    {root / 'report' / 'report.md'}\nmodels    {root / 'publish'}\nrecipe    {root / 'recipe.yaml'}"
+    )
+    if arms:
+        merged = root / "train" / arms[-1] / "merged"
+        print("\nload the recovered model:")
+        print("  from transformers import AutoModelForCausalLM, AutoTokenizer")
+        print(f'  model = AutoModelForCausalLM.from_pretrained("{merged}")')
+        print(f'  tokenizer = AutoTokenizer.from_pretrained("{merged}")')
+    print(f"compare side by side:  hfsd space {root}\npublish:               hfsd push {root} --to NAME")
+
+
+def numbers(results: Results) -> dict[str, Any]:
+    """The closing numbers of `--json`."""
+    return {
+        "variants": {
+            v.variant.id: {
+                "params": v.params,
+                "mean": v.mean,
+                "recovery": v.recovery,
+                "chance_corrected": v.chance_corrected,
+            }
+            for v in results.variants
+        }
+    }
+
+
+def _fail(error: BaseException, code: int, message: str, debug: bool, as_json: bool) -> None:
+    if debug:
+        raise error
+    for line in message.splitlines():
+        print(f"hfsd: {line}", file=sys.stderr)
+    if as_json:
+        print(json.dumps({"ok": False, "exit_code": code, "error": message}))
+    raise typer.Exit(code) from None
