@@ -172,3 +172,14 @@ def test_what_cannot_be_cut_can_be_copied(tmp_path: Path) -> None:
     )
     assert made.checks[1].result == "passed" and _bytes(source) == _bytes(tmp_path / "copy")
     assert models.depth(tmp_path / "copy") == N_LAYERS
+
+
+def test_the_readme_lists_the_architectures_of_the_tests() -> None:
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    rows = text.split("| architecture (")[1].split("\n\n")[0].splitlines()[2:]
+    assert [row.split("|")[1].strip() for row in rows] == [row.label for row in TABLE]
+    for line, row in zip(rows, TABLE, strict=True):
+        assert ("refused" in line) == bool(row.refused)
+        for field in row.config:
+            if field in ("layer_types", "no_rope_layers", "mlp_only_layers", "first_k_dense_replace"):
+                assert f"`{field}`" in line, f"{row.label}: {field}"
