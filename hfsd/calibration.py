@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from hfsd import data
+from hfsd import chat
 from hfsd.data import Passage
 from hfsd.errors import BadRequest
 
@@ -88,7 +88,7 @@ def _raw(tokenizer: PreTrainedTokenizerBase, text: str, max_length: int) -> list
 
 def _conversation(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], max_length: int) -> Tokens:
     """A conversation in the chat template; its text is what lies within the messages' contents."""
-    whole = data.transcript(tokenizer, messages)
+    whole = chat.transcript(tokenizer, messages)
     spans, at = [], 0
     for message in messages:
         content = message["content"].strip()  # many templates strip it

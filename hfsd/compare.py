@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hfsd import data
+from hfsd import chat
 from hfsd.engines import Request, Sampling, Transformers
 from hfsd.errors import BadRequest
 from hfsd.family import Family
@@ -81,7 +81,7 @@ def _answers(
     with family.use(variant.id) as model:
         engine = Transformers(model, tokenizer)  # type: ignore[arg-type]
         for at in range(0, len(prompts), BATCH):
-            batch = [Request(e.id, data.prompt_messages(e.prompt)) for e in prompts[at : at + BATCH]]
+            batch = [Request(e.id, chat.asked(e)) for e in prompts[at : at + BATCH]]
             made = engine.generate(batch, Sampling(recipe.max_new_tokens), seed=0)
             found |= {c.id: c.text for c in made}
             advance(len(batch), note=variant.id)
@@ -102,7 +102,7 @@ def _shifts(
     agree: dict[str, int] = dict.fromkeys(kls, 0)
     counts: list[int] = []
     for example in prompts:
-        head, tail = data.answer_ids(tokenizer, example.prompt, answers[example.id])
+        head, tail = chat.answer_ids(tokenizer, chat.asked(example), answers[example.id])
         if not tail:  # the original said nothing here, so there is nothing to compare along
             advance(len(variants))
             continue

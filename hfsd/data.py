@@ -1,6 +1,7 @@
-"""Rows of any known shape -> `Example`, seeded splits by template, and chat templating.
+"""Where rows come from, and seeded splits by template.
 
-A split never cuts through a group (a template of generated problems): what is held out was not trained on in disguise.
+A split never cuts through a group (a template of generated problems, a conversation): what is held out was not trained
+on in disguise.
 """
 
 from __future__ import annotations
@@ -11,29 +12,17 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from hfsd import hub
+from hfsd import chat, hub, shapes
 from hfsd.errors import BadRequest, nearest
 from hfsd.recipe import Data
-from hfsd.records import Example
+from hfsd.records import Example, Message
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-# (prompt columns, reference column), looked for in this order; the later prompt columns may be absent or empty.
-SHAPES: tuple[tuple[tuple[str, ...], str], ...] = (
-    (("question",), "answer"),  # GSM8K
-    (("instruction", "input"), "output"),  # Alpaca
-    (("instruction", "context"), "response"),  # Dolly
-    (("problem",), "generated_solution"),  # OpenMathInstruct
-    (("question",), "generated_solution"),
-    (("prompt",), "completion"),
-)
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 
 # Calibration text: a raw text, or a conversation in messages with role and content.
-Passage = str | list[dict[str, str]]
+Passage = str | list[Message]
 
 
 @dataclass(frozen=True)
@@ -65,7 +54,7 @@ def load(recipe: Data) -> list[Example]:
         examples = _from_gym(recipe)
     else:
         rows = _read_file(recipe.source) if is_file(recipe.source) else _from_hub(recipe)
-        examples = _from_rows(rows, recipe)
+        examples = shapes.examples(rows, recipe)
     unique = list({e.id: e for e in examples}.values())
     if recipe.max_chars is not None:
         unique = [e for e in unique if len(e.prompt) + len(e.reference) <= recipe.max_chars]
@@ -84,25 +73,20 @@ def passages(recipe: Data) -> list[Passage]:
         BadRequest: as `load`; or a row holds no text or no messages (by number).
     """
     if recipe.source.startswith("gym:"):
-        found: list[Passage] = [conversation(e) for e in _from_gym(recipe)]
+        found: list[Passage] = [chat.conversation(e) for e in _from_gym(recipe)]
     else:
         rows = _read_file(recipe.source) if is_file(recipe.source) else _from_hub(recipe)
         columns = list(rows[0]) if rows else []
         if "text" in columns:
             found = [str(row.get("text") or "") for row in rows]
         elif "messages" in columns:
-            found = [_messages(row.get("messages"), number, recipe) for number, row in enumerate(rows, 1)]
+            found = list(shapes.conversations(rows, recipe))
         else:
-            found = [conversation(e) for e in _from_rows(rows, recipe)]
+            found = [chat.conversation(e) for e in shapes.examples(rows, recipe)]
     unique = {json.dumps(passage): passage for passage in found if passage}
     if not unique:
         raise BadRequest(f"{recipe.source} has no usable text: {len(found)} rows, all empty")
     return [unique[k] for k in sorted(unique, key=lambda k: _rank(recipe.seed, "passage", k))]
-
-
-def conversation(example: Example) -> list[dict[str, str]]:
-    """An example as the conversation that a model is trained on."""
-    return [*prompt_messages(example.prompt), {"role": "assistant", "content": example.reference}]
 
 
 def split(examples: Sequence[Example], recipe: Data) -> Splits:
@@ -127,14 +111,6 @@ def split(examples: Sequence[Example], recipe: Data) -> Splits:
     return Splits(train, rows(order[held : held + calibration]), rows(order[:held]))
 
 
-def detect_columns(columns: Sequence[str]) -> tuple[tuple[str, ...], str] | None:
-    """Prompt columns and reference column of a known shape, or None."""
-    for prompts, reference in SHAPES:
-        if prompts[0] in columns and reference in columns:
-            return tuple(p for p in prompts if p in columns), reference
-    return None
-
-
 def columns_of(source: str) -> list[str]:
     """Column names of a local file, from its first row. Raises BadRequest where it has none."""
     rows = _read_file(source)
@@ -143,75 +119,9 @@ def columns_of(source: str) -> list[str]:
     return list(rows[0])
 
 
-def prompt_messages(prompt: str, system: str | None = None) -> list[dict[str, str]]:
-    """A prompt as chat messages."""
-    head = [{"role": "system", "content": system}] if system else []
-    return [*head, {"role": "user", "content": prompt}]
-
-
-def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:
-    """The text that asks for the next assistant turn, in the model's own chat template.
-
-    A template that has no system role gets the system text at the head of the user turn. A tokenizer without a template
-    gets the messages as paragraphs: that is how a base model is prompted.
-    """
-    if not tokenizer.chat_template:
-        return "\n\n".join(m["content"] for m in messages) + "\n\n"
-    return _templated(tokenizer, messages, ask=True)
-
-
-def transcript(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:
-    """The text of a whole conversation, as `render` writes it, with nothing asked at its end."""
-    if not tokenizer.chat_template:
-        return "\n\n".join(m["content"] for m in messages)
-    return _templated(tokenizer, messages, ask=False)
-
-
-def answer_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> tuple[list[int], list[int]]:
-    """Token ids of a prompt in the chat template, and of the answer that follows it (no end-of-turn token)."""
-    head = tokenizer(render(tokenizer, prompt_messages(prompt)), add_special_tokens=False)["input_ids"]
-    return head, tokenizer(answer, add_special_tokens=False)["input_ids"]
-
-
-def _templated(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], ask: bool) -> str:
-    text = _apply(tokenizer, messages, ask)
-    if messages[0]["role"] == "system" and len(messages) > 1 and (text is None or messages[0]["content"] not in text):
-        folded = f"{messages[0]['content']}\n\n{messages[1]['content']}"
-        text = _apply(tokenizer, [{"role": messages[1]["role"], "content": folded}, *messages[2:]], ask)
-    if text is None:
-        roles = ", ".join(m["role"] for m in messages)
-        raise BadRequest(f"the model's chat template refuses the turns {roles}; fix chat_template in its tokenizer")
-    return text
-
-
-def _apply(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], ask: bool) -> str | None:
-    import jinja2
-
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask))
-    except jinja2.TemplateError:
-        return None
-
-
-def _messages(value: Any, number: int, recipe: Data) -> list[dict[str, str]]:
-    """The turns of a `messages` cell, as roles and contents."""
-    try:
-        turns = [{"role": str(m["role"]), "content": str(m["content"] or "")} for m in value]
-    except (TypeError, KeyError):
-        turns = []
-    if not turns:
-        raise BadRequest(f"{recipe.source}: row {number} (counted from 1) has no messages with role and content")
-    return turns
-
-
 def _rank(seed: int, kind: str, name: str) -> bytes:
     """A seeded order that does not depend on what else is in the list."""
     return hashlib.sha256(f"{seed} {kind} {name}".encode()).digest()
-
-
-def _example(prompt: str, reference: str, group: str = "") -> Example:
-    digest = hashlib.sha256(f"{prompt}\x00{reference}".encode()).hexdigest()[:16]
-    return Example(digest, prompt, reference, group)
 
 
 def _from_gym(recipe: Data) -> list[Example]:
@@ -228,44 +138,13 @@ def _from_gym(recipe: Data) -> list[Example]:
         variables = row["metadata"].get("variables")
         group = ",".join(sorted(variables)) if isinstance(variables, dict) else ""
         worked = row["metadata"].get("answer_cot") or str(row["answer"])
-        examples.append(_example(row["question"].strip(), worked.strip(), group))
+        examples.append(shapes.example(row["question"].strip(), worked.strip(), group=group))
     return examples
 
 
 def _from_hub(recipe: Data) -> list[dict[str, Any]]:
-    return hub.dataset_rows(recipe.source, recipe.config, recipe.split, recipe.revision)
-
-
-def _from_rows(rows: list[dict[str, Any]], recipe: Data) -> list[Example]:
-    if not rows:
-        raise BadRequest(f"data.source: {recipe.source} has no rows")
-    if recipe.prompt_column and recipe.reference_column:
-        prompts: tuple[str, ...] = (recipe.prompt_column,)
-        reference = recipe.reference_column
-        if absent := {*prompts, reference} - set(rows[0]):
-            raise BadRequest(f"data.source: {recipe.source} has no column {sorted(absent)}; it has {sorted(rows[0])}")
-    else:
-        found = detect_columns(list(rows[0]))
-        if found is None:
-            raise BadRequest(
-                f"data.source: {recipe.source} has columns {sorted(rows[0])}, which is no known shape; "
-                "set data.prompt_column and data.reference_column"
-            )
-        prompts, reference = found
-    examples, bad = [], []
-    for number, row in enumerate(rows, 1):
-        texts = [str(row[c]).strip() for c in prompts if row.get(c)]
-        answer = str(row.get(reference) or "").strip()
-        if not answer or not row.get(prompts[0]):
-            bad.append(number)
-            continue
-        examples.append(_example("\n\n".join(texts), answer))
-    if bad:
-        shown = ", ".join(map(str, bad[:10])) + (", ..." if len(bad) > 10 else "")
-        raise BadRequest(
-            f"data.source: {recipe.source}: rows {shown} (counted from 1) lack a prompt or a reference; mend them"
-        )
-    return examples
+    first = recipe.pool if recipe.streaming else None
+    return hub.dataset_rows(recipe.source, recipe.config, recipe.split, recipe.revision, first)
 
 
 def _read_file(source: str) -> list[dict[str, Any]]:

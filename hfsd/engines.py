@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from hfsd import data
+from hfsd import chat
 from hfsd.errors import HfsdError
 from hfsd.recipe import Endpoint
 
@@ -61,7 +61,7 @@ class Transformers:
     def generate(self, requests: Sequence[Request], sampling: Sampling, seed: int) -> list[Completion]:
         import torch
 
-        texts = [data.render(self.tokenizer, r.messages) for r in requests]
+        texts = [chat.render(self.tokenizer, r.messages) for r in requests]
         self.tokenizer.padding_side = "left"
         batch = self.tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt").to(self.model.device)
         options: dict[str, Any] = {"do_sample": False}

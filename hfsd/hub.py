@@ -51,13 +51,16 @@ def file(repo: str, name: str, revision: str | None) -> Path:
         return Path(hf_hub_download(repo, name, revision=revision))
 
 
-def dataset_rows(source: str, config: str | None, split: str, revision: str | None) -> list[dict[str, Any]]:
-    """All rows of one split of a Hub dataset."""
+def dataset_rows(
+    source: str, config: str | None, split: str, revision: str | None, first: int | None = None
+) -> list[dict[str, Any]]:
+    """The rows of one split of a Hub dataset: all of them, or only the `first` ones, streamed."""
     import datasets
 
     with _spoken(f"dataset {source}"):
         try:
-            return list(datasets.load_dataset(source, config, split=split, revision=revision))
+            found = datasets.load_dataset(source, config, split=split, revision=revision, streaming=first is not None)
+            return list(found if first is None else found.take(first))
         except (ValueError, FileNotFoundError, ConnectionError) as error:
             raise BadRequest(f"dataset {source}: {' '.join(str(error).split())[:300]}") from error
 

@@ -51,10 +51,11 @@ class Data(Block):
     config: str | None = Field(None, description="configuration of a Hub dataset")
     split: str = Field("train", description="split of a Hub dataset")
     revision: str | None = Field(None, description="commit of a Hub dataset")
+    streaming: bool = Field(False, description="read only the first `pool` rows of a Hub dataset, without fetching all")
     prompt_column: str | None = Field(None, description="column with the prompt; None: detected")
     reference_column: str | None = Field(None, description="column with the reference answer; None: detected")
     rows: Positive = Field(1000, description="training rows, after the split")
-    pool: Positive = Field(1000, description="rows drawn from gym:NAME before the split")
+    pool: Positive = Field(1000, description="rows drawn from gym:NAME, or streamed, before the split")
     held_out: float = Field(0.25, gt=0, lt=0.9, description="share of groups (templates) held out for evaluation")
     calibration: float = Field(0.15, gt=0, lt=0.9, description="share of groups (templates) kept for calibration")
     max_chars: Positive | None = Field(
@@ -89,7 +90,10 @@ class Scan(Block):
     search: Literal["contiguous", "greedy"] = Field(
         "contiguous", description="one range of blocks; or greedy: any blocks, one at a time by held-out loss (SLEB)"
     )
-    candidates: Positive = Field(4, description="candidates verified per token choice")
+    candidates: Positive = Field(4, description="candidates verified per token choice, and by screening")
+    screen_rows: int = Field(
+        8, ge=0, description="held-out sequences on which every range is measured to find candidates; 0: no screening"
+    )
 
     @field_validator("widths")
     @classmethod

@@ -30,14 +30,23 @@ class ModelRef:
     revision: str | None = None
 
 
+Message = dict[str, str]  # a turn of a conversation: role and content
+
+
 @dataclass(frozen=True)
 class Example:
-    """One row of a fine-tuning set. `group` names what must not straddle a split (a template), if anything."""
+    """One answer of a fine-tuning set.
+
+    `group` names what must not straddle a split (a template, a conversation), if anything. `history` are the turns
+    before `prompt`. `answer` is the final answer, where the set states it apart from the reference.
+    """
 
     id: str
     prompt: str
     reference: str
     group: str = ""
+    history: tuple[Message, ...] = ()
+    answer: str = ""
 
 
 @dataclass(frozen=True)

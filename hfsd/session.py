@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from hfsd import data, models, recipes, surgery
+from hfsd import chat, data, models, recipes, surgery
 from hfsd.recipe import Data, Recipe
 from hfsd.records import Checkpoint, EvalRow, Scan, TrainReport, TrainSet, Variant, dumps, from_json, load
 from hfsd.rundir import DONE, Stage, read_json, write_atomic
@@ -88,7 +88,7 @@ def scan(work: Session, stage: Stage) -> dict[str, Any]:
     asked = work.recipe.scan
     blocks = work.recipe.prune.blocks or 0
     if asked.calibration is None:
-        passages: list[data.Passage] = [data.conversation(e) for e in work.splits.calibration]
+        passages: list[data.Passage] = [chat.conversation(e) for e in work.splits.calibration]
     else:
         passages = data.passages(Data(source=asked.calibration, seed=work.recipe.data.seed))
     found = stages.run(work.original, work.tokenizer, passages, asked, blocks, work.source.ref)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hfsd import data, models
+from hfsd import data, models, shapes
 from hfsd.errors import BadRequest
 from hfsd.recipe import Data, Model, Recipe, slug
 from hfsd.recipes import parse
@@ -86,7 +86,7 @@ def _columns(source: str) -> tuple[str, str]:
     if not data.is_file(source):
         return "config: NAME          # and split, revision, prompt_column, reference_column if need be", "instruction"
     names = data.columns_of(source)
-    found = data.detect_columns(names)
+    found = shapes.detect_columns(names)
     if found is None:
         return f"prompt_column: NAME   # set both; columns are: {', '.join(names)}; and reference_column", "instruction"
     prompts, reference = found

@@ -50,19 +50,23 @@ class Verifier:
             if self._own[i] is not None:
                 block.forward = self._own[i]
 
-    def losses(self, cuts: Sequence[Blocks] = (), base: Blocks = ()) -> tuple[float, list[float]]:
+    def losses(
+        self, cuts: Sequence[Blocks] = (), base: Blocks = (), on: Sequence[Batch] | None = None
+    ) -> tuple[float, list[float]]:
         """Mean next-token loss, in nats, over the text tokens of all batches.
 
         Args:
             cuts: blocks to remove, ascending, each set by itself and on top of `base`.
             base: blocks that are removed throughout.
+            on: other batches than the held-out ones, such as a part of them.
 
         Returns:
             The loss without `base`, and the loss of each cut.
         """
+        batches = self.held_out if on is None else on
         sums, count = [0.0] * (len(cuts) + 1), 0
-        with track("verify", len(self.held_out), "batches") as advance:
-            for nats, tokens in processes.spread(lambda b: self._batch(b, cuts, base), self.held_out):
+        with track("verify" if on is None else "screen", len(batches), "batches") as advance:
+            for nats, tokens in processes.spread(lambda b: self._batch(b, cuts, base), batches):
                 sums = [total + more for total, more in zip(sums, nats, strict=True)]
                 count += tokens
                 advance()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from decode import Column, Settings
 
-from hfsd import data, hub, models, records
+from hfsd import chat, hub, models, records
 from hfsd.errors import BadRequest, HfsdError
 from hfsd.family import Family
 from hfsd.markdown import without_paths
@@ -198,7 +198,7 @@ class Runtime:
         return Answer(column.text(), len(column.tokens), column.seconds, column.done)
 
     def _prompt_ids(self, prompt: str, settings: Settings) -> list[int]:
-        ids, _ = data.answer_ids(self.tokenizer, prompt, "")
+        ids, _ = chat.answer_ids(self.tokenizer, chat.single_turn(prompt), "")
         context = getattr(self.family.original.config.get_text_config(), "max_position_embeddings", None)
         if context is not None and len(ids) + settings.max_new_tokens > context:
             room = context - settings.max_new_tokens

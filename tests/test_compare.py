@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hfsd import compare, data, models
+from hfsd import chat, compare, models
 from hfsd.errors import BadRequest
 from hfsd.family import Family
 from hfsd.recipe import Compare
@@ -38,7 +38,7 @@ def test_kl_equals_a_plain_computation(model_folder: Path, tmp_path: Path) -> No
     assert [a.id for a in answers] == ["p0", "p1", "p2"] and set(answers[0].answers) == {"original", "pruned"}
     total, tokens = 0.0, 0
     for example, answer in zip(PROMPTS, answers, strict=True):
-        text = data.render(tokenizer, data.prompt_messages(example.prompt)) + answer.answers["original"]
+        text = chat.render(tokenizer, chat.asked(example)) + answer.answers["original"]
         ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
         count = len(tokenizer(answer.answers["original"], add_special_tokens=False)["input_ids"])
         with torch.inference_mode():

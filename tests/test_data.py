@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hfsd import data
+from hfsd import chat, data, shapes
 from hfsd.errors import BadRequest
 from hfsd.recipe import Data
 from hfsd.records import Example
@@ -43,7 +43,40 @@ def test_known_shapes_in_every_file_format(shape: str, suffix: str, tmp_path: Pa
     else:
         path.write_text(json.dumps([row] if suffix == ".json" else row))
     (example,) = data.load(Data(source=str(path)))
-    assert (example.prompt, example.reference) == (PROMPTS[shape], row[data.detect_columns(list(row))[1]])  # type: ignore[index]
+    assert (example.prompt, example.reference) == (PROMPTS[shape], row[shapes.detect_columns(list(row))[1]])  # type: ignore[index]
+
+
+def _load(tmp_path: Path, *rows: dict) -> list[Example]:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return data.load(Data(source=str(path)))
+
+
+def test_every_assistant_turn_of_a_conversation_is_a_row(tmp_path: Path) -> None:
+    said = [("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello"), ("user", "Bye"), ("assistant", "See you")]
+    turns = [{"role": role, "content": content} for role, content in said]
+    first, second = _load(tmp_path, {"messages": turns})
+    assert (first.prompt, first.reference, list(first.history)) == ("Hi", "Hello", turns[:1])
+    assert (second.prompt, second.reference, list(second.history)) == ("Bye", "See you", turns[:3])
+    assert first.group == second.group != "" and first.id != second.id
+    assert chat.conversation(second) == turns
+
+
+def test_completions_as_messages_and_answers_stated_apart(tmp_path: Path) -> None:
+    row = {"prompt": [{"role": "user", "content": "1+1?"}], "completion": [{"role": "assistant", "content": "2"}]}
+    (one,) = _load(tmp_path, row)
+    assert (one.prompt, one.reference, one.history) == ("1+1?", "2", ())
+    (other,) = _load(tmp_path, {"problem": "1+1?", "generated_solution": "It is two.", "expected_answer": "2"})
+    assert (other.reference, other.answer) == ("It is two.", "2")
+    (plain,) = _load(tmp_path, {"id": 3, "Query": "1+1?", "Response": "2"})
+    assert (plain.prompt, plain.reference) == ("1+1?", "2")
+
+
+def test_rows_without_an_answer_are_told_by_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"question": q, "answer": a} for q, a in (("a", "b"), ("c", " "), ("", "d"))]
+    assert [e.prompt for e in _load(tmp_path, *rows)] == ["a"]
+    told = "2 of 3 rows lack a prompt or a reference: 2, 3 (counted from 1); they are left out"
+    assert told in capsys.readouterr().err
 
 
 def test_columns_may_be_named(tmp_path: Path) -> None:
@@ -59,7 +92,7 @@ def test_columns_may_be_named(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("", "has no rows"),
-        ('{"question": "a", "answer": ""}\n{"question": "a", "answer": "b"}\n', r"rows 1 \(counted from 1\) lack"),
+        ('{"question": "a", "answer": ""}\n', r"1 of 1 rows lack a prompt or a reference: 1 \(counted from 1\)"),
         ('{"question": "a", "answer": "b"}\n{"question"\n', "line 2 is not JSON"),
         ("3\n", "not a list of objects"),
     ],
@@ -115,14 +148,14 @@ def test_too_few_groups_are_refused() -> None:
 
 def test_a_template_without_a_system_role_gets_it_in_the_user_turn() -> None:
     tokenizer = tiny.tokenizer()
-    messages = data.prompt_messages("hello", system="be brief")
-    assert "<|im_start|>system\nbe brief<|im_end|>" in data.render(tokenizer, messages)
+    messages = [{"role": "system", "content": "be brief"}, *chat.single_turn("hello")]
+    assert "<|im_start|>system\nbe brief<|im_end|>" in chat.render(tokenizer, messages)
     user_only = "{% for m in messages %}{% if m['role'] == 'user' %}[{{ m['content'] }}]{% endif %}{% endfor %}"
     tokenizer.chat_template = user_only
-    assert data.render(tokenizer, messages) == "[be brief\n\nhello]"
+    assert chat.render(tokenizer, messages) == "[be brief\n\nhello]"
     tokenizer.chat_template = (
         "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}" + user_only
     )
-    assert data.render(tokenizer, messages) == "[be brief\n\nhello]"
+    assert chat.render(tokenizer, messages) == "[be brief\n\nhello]"
     tokenizer.chat_template = None
-    assert data.render(tokenizer, messages) == "be brief\n\nhello\n\n"
+    assert chat.render(tokenizer, messages) == "be brief\n\nhello\n\n"

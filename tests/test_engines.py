@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from hfsd import data, engines, models, rewrite
+from hfsd import chat, engines, models, rewrite
 from hfsd.engines import Request, Sampling
 from hfsd.errors import HfsdError
 from hfsd.recipe import Endpoint
@@ -71,7 +71,7 @@ REQUESTS = [Request(f"r{i}", [{"role": "user", "content": f"say {i}"}]) for i in
 def test_transformers_batches_equal_single_rows(model_folder: Path) -> None:
     model, tokenizer = models.load(model_folder), models.load_tokenizer(model_folder)
     engine = engines.Transformers(model, tokenizer)
-    asked = [Request(f"r{i}", data.prompt_messages("word " * (i + 1))) for i in range(3)]
+    asked = [Request(f"r{i}", chat.single_turn("word " * (i + 1))) for i in range(3)]
     together = engine.generate(asked, Sampling(10), seed=0)
     alone = [engine.generate([r], Sampling(10), seed=0)[0] for r in asked]
     assert together == alone and [c.id for c in together] == ["r0", "r1", "r2"]

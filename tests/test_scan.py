@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from hfsd import calibration, data, models, scan, surgery
+from hfsd import calibration, chat, data, models, scan, surgery
 from hfsd.errors import BadRequest, HfsdError, Refusal
 from hfsd.recipe import Data
 from hfsd.recipe import Scan as ScanRecipe
 from hfsd.records import BlockScores, ModelRef, Scan, load
 from tests import tiny
 
-PASSAGES = [data.conversation(row) for row in (tiny.example(i) for i in range(9))]
-ASKED = ScanRecipe(rows=6, verify_rows=3, max_length=256, batch_tokens=600, candidates=2)
+PASSAGES = [chat.conversation(row) for row in (tiny.example(i) for i in range(9))]
+ASKED = ScanRecipe(rows=6, verify_rows=3, max_length=256, batch_tokens=600, candidates=2, screen_rows=0)
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ def test_only_what_the_author_wrote_counts(loaded) -> None:
     messages = [{"role": "user", "content": " Why? "}, {"role": "assistant", "content": "Because user user."}]
     ids, is_text = calibration.sequences(tokenizer, [messages], 1, 256)[0]
     assert tokenizer.decode([t for t, yes in zip(ids, is_text, strict=True) if yes]) == "Why?Because user user."
-    assert tokenizer.decode(ids) == data.transcript(tokenizer, messages)
+    assert tokenizer.decode(ids) == chat.transcript(tokenizer, messages)
 
 
 def test_a_raw_text_is_cut_into_windows_without_a_template(loaded) -> None:
@@ -140,6 +140,14 @@ def test_verified_takes_the_candidate_with_the_least_loss(loaded) -> None:
     lowest = _run(loaded, select="lowest", tokens="last")
     values = lowest.scores["last"].values[2]
     assert lowest.plan.removed[0] == values.index(min(values)) and lowest.candidates == []
+
+
+def test_screening_finds_what_the_distances_do_not_propose(loaded) -> None:
+    found = _run(loaded, blocks=3, candidates=1, screen_rows=9)  # every held-out sequence: it cannot miss
+    losses = {r: _loss_of_cut(loaded, r) for r in ((i, i + 1, i + 2) for i in range(4))}
+    assert found.plan.removed == min(losses, key=losses.__getitem__)
+    assert "screening" in next(c.proposed_by for c in found.candidates if c.removed == found.plan.removed)
+    assert "screening" not in {n for c in _run(loaded, blocks=3).candidates for n in c.proposed_by.split(", ")}
 
 
 def _loss_of_cut(loaded, removed: tuple[int, ...]) -> float:

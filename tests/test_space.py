@@ -149,15 +149,13 @@ def expected(folder: Path, variant: str, new_tokens: int) -> tuple[str, int]:
     """What plain `generate` says, on the same weights."""
     import torch
 
-    from hfsd import data, models
+    from hfsd import chat, models
     from hfsd.family import Family
 
     root = folder.parent
     tokenizer = models.load_tokenizer(root / "original")
     family = Family(models.load(root / "original"), KEPT, {v: root / v / "adapter" for v in (SFT, SELF)})
-    head = tokenizer(
-        data.render(tokenizer, data.prompt_messages(PROMPT)), add_special_tokens=False, return_tensors="pt"
-    )
+    head = tokenizer(chat.render(tokenizer, chat.single_turn(PROMPT)), add_special_tokens=False, return_tensors="pt")
     with family.use(variant) as model, torch.inference_mode():
         out = model.generate(**head, max_new_tokens=new_tokens, do_sample=False)[0, head["input_ids"].shape[1] :]
     return tokenizer.decode(out, skip_special_tokens=True).strip(), len(out)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from hfsd import calibration, data, models, recipes, scan
+from hfsd.recipe import Scan
 from hfsd.records import ModelRef
 from hfsd.verify import Verifier
 from tests.bench.conftest import Table
@@ -20,7 +21,7 @@ def test_verified_selection_is_near_the_best_cut(demo_folder: Path, table: Table
     model, tokenizer = models.load(demo_folder), models.load_tokenizer(demo_folder)
     recipe = recipes.load("demo")[0]
     passages = data.passages(recipe.data)
-    asked = recipe.scan.model_copy(update={"rows": 64, "verify_rows": 16})
+    asked = Scan(rows=64, verify_rows=16)
     chosen = calibration.sequences(tokenizer, passages, asked.verify_rows, asked.max_length)
     held_out = list(calibration.batches(tokenizer, chosen, asked.batch_tokens, model.device))
     rows = [("blocks", "chosen", "loss", "best of all", "loss", "over best", "verified", "of")]
