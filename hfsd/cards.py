@@ -16,12 +16,22 @@ from hfsd.assets import assets
 from hfsd.errors import BadRequest
 from hfsd.markdown import LOCAL_PATH, escape, fence, shorten, table, without_paths
 from hfsd.metadata import original_repo, repo_of, validate
-from hfsd.records import TRAINED_ARMS, Example, Results, Rewrite, TrainReport, TrainSet, Variant, VariantSummary
+from hfsd.records import (
+    CONFIGS,
+    TRAINED_ARMS,
+    Example,
+    Results,
+    Rewrite,
+    TrainReport,
+    TrainSet,
+    Variant,
+    VariantSummary,
+)
 
 __all__ = ["dataset_card", "model_card", "pictures", "space_card", "validate"]
 
 HUB = "https://huggingface.co"
-DATA_FILES = {"self-distilled": "self-distilled.parquet", "sft": "sft.parquet"}
+DATA_FILES = {CONFIGS[arm]: f"{CONFIGS[arm]}.parquet" for arm in ("self-distilled", "sft")}
 CONFIGS = {
     "self-distilled": "the original's own answers, and the reference answer where the rewrite was not acceptable",
     "sft": "the reference answers as they are, in the same order",

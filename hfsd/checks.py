@@ -1,90 +1,96 @@
-"""Is a rewrite acceptable? Leak phrases, empty or cut-off text, and the task's own check."""
+"""Is a rewrite acceptable? Gates on what it says and how, each with the reason that is recorded."""
 
 from __future__ import annotations
 
 import re
-from fractions import Fraction
+from collections import Counter
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from hfsd.answers import CHECKS, tool_calls
+from hfsd.recipe import Rewrite as RewriteRecipe
+from hfsd.records import Example
+
 KEPT = "kept"
-FINAL_LINE = re.compile(r"^####\s*(.+?)\s*$", re.MULTILINE)
-# An integer with or without thousands commas, then a decimal part, a fraction or a mixed number is handled around it.
-NUMBER = re.compile(r"(?<![\w.])[-−]?[$£€¥]?[-−]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:\s?/\s?\d+)?%?")
-BOXED = re.compile(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}")
-LATEX_FRACTION = re.compile(r"([-−]?)\\d?frac\{([^{}]+)\}\{([^{}]+)\}")
-ANSWER_IS = re.compile(r"(?:final answer|answer)\s*(?:is|:|=)\s*(.+)", re.IGNORECASE)
+SLACK = 200  # characters that any rewrite may be longer than its reference, which may be one word
 
 
 @cache
 def prompts() -> dict[str, Any]:
-    """prompts.yaml: per task kind the system and user text, and the leak phrases."""
+    """prompts.yaml: the texts per task kind, the leak phrases, and the headings that are not to be echoed."""
     return yaml.safe_load((Path(__file__).parent / "prompts.yaml").read_text(encoding="utf-8"))
 
 
-def verdict(text: str, reference: str, finish: str, task: str) -> str:
-    """`kept`, or why the reference is used instead: `failed`, `empty`, `truncated`, `leak`, `wrong answer`."""
-    if finish.startswith("failed"):
+@dataclass(frozen=True)
+class Draft:
+    """One rewrite of one row before it is judged.
+
+    `nats` is its loss per token under the original, given the prompt alone; None: not measured. `similarity` is that to
+    the reference, 0 to 1.
+    """
+
+    id: str
+    text: str
+    n_tokens: int
+    finish: str
+    mode: str
+    nats: float | None = None
+    similarity: float = 0.0
+
+
+def verdict(draft: Draft, row: Example, reference_nats: float | None, rules: RewriteRecipe) -> str:
+    """`kept`, or why the reference is used instead; the reasons are explained in `text.REASONS`."""
+    text = draft.text.strip()
+    if draft.finish.startswith("failed"):
         return "failed"
-    if not text.strip():
+    if not text:
         return "empty"
-    if finish == "length":
+    if draft.finish == "length":
         return "truncated"
     folded = text.casefold()
     if any(phrase in folded for phrase in prompts()["leaks"]):
         return "leak"
-    if task == "math" and not same_answer(text, reference):
+    if _echoes(folded):
+        return "echo"
+    if rules.max_growth is not None and len(text) > rules.max_growth * len(row.reference) + SLACK:
+        return "too long"
+    check = check_of(rules, row)
+    if check != "none" and not CHECKS[check](text, row.answer or row.reference):
         return "wrong answer"
+    if draft.similarity < rules.min_similarity:
+        return "unlike"
+    if rules.likelier and draft.nats is not None and reference_nats is not None and draft.nats > reference_nats:
+        return "unlikely"
     return KEPT
 
 
-def same_answer(text: str, reference: str) -> bool:
-    """Whether both end in the same number, compared exactly. What cannot be parsed equals nothing, not even itself."""
-    mine, theirs = final_number(text), final_number(reference)
-    return mine is not None and mine == theirs
+def check_of(rules: RewriteRecipe, row: Example) -> str:
+    """The check of a row's answer. `auto`: math for math; for code the tool calls, where the reference makes any."""
+    if rules.check != "auto":
+        return rules.check
+    if rules.task == "code":
+        return "json" if tool_calls(row.answer or row.reference) else "none"
+    return "math" if rules.task == "math" else "none"
 
 
-def final_number(text: str) -> Fraction | None:
-    """The final answer of a worked solution, exactly; None where there is none.
-
-    Looked for in this order: the last `#### n` line, the last `\\boxed{}`, the last "answer is ...", the last number.
-    Understands thousands commas, decimals, fractions, percent (50% is 1/2), currency signs and negative numbers.
-    """
-    for pattern in (FINAL_LINE, BOXED, ANSWER_IS):
-        found = pattern.findall(text)
-        if found:
-            numbers = _numbers(found[-1])
-            if pattern is not ANSWER_IS:
-                return numbers[-1] if numbers else None
-            if numbers:
-                return numbers[0]
-    numbers = _numbers(text)
-    return numbers[-1] if numbers else None
+def overlap(text: str, reference: str) -> float:
+    """F1 of the words of two texts, counted with repetition, 0 to 1 (ROUGE-1)."""
+    mine, theirs = (Counter(re.findall(r"\w+", t.casefold())) for t in (text, reference))
+    common = sum((mine & theirs).values())
+    return 2 * common / (mine.total() + theirs.total()) if common else 0.0
 
 
-def with_final_line(text: str, reference: str) -> str:
-    """The text with the reference's `#### n` line put back where the reference has one and the text does not."""
-    line = FINAL_LINE.findall(reference)
-    if not line or FINAL_LINE.search(text):
-        return text
-    return f"{text.rstrip()}\n#### {line[-1]}"
+def _echoes(folded: str) -> bool:
+    """Whether a line is one of the headings of the prompt, bare or with a colon or markup."""
+    headings = set(prompts()["headings"])
+    lines = (line.strip(" \t#*_:") for line in folded.splitlines())
+    return any(line in headings for line in lines)
 
 
-def _numbers(text: str) -> list[Fraction]:
-    text = LATEX_FRACTION.sub(r"\1\2/\3", text).replace("\\%", "%").replace("\\$", "$").replace("{,}", ",")
-    return [n for m in NUMBER.finditer(text) if (n := _fraction(m.group())) is not None]
-
-
-def _fraction(token: str) -> Fraction | None:
-    digits = re.sub(r"[\s,$£€¥%]", "", token).replace("−", "-")
-    if not re.search(r"\d", digits):
-        return None
-    top, _, bottom = digits.partition("/")
-    try:
-        value = Fraction(top) / (Fraction(bottom) if bottom else 1)
-    except (ValueError, ZeroDivisionError):
-        return None
-    return value / 100 if token.rstrip().endswith("%") else value
+def fill(template: str, values: dict[str, str]) -> str:
+    """Replaces `{name}` literally, in one pass: braces or places inside a value stay as they are."""
+    return "".join(values.get(part, part) for part in re.split(r"(\{\w+\})", template))

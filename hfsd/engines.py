@@ -1,18 +1,24 @@
-"""Engines behind one small protocol: `generate(requests, sampling, seed) -> completions`, in the requests' order."""
+"""Engines behind one small protocol: conversations in, completions out, in the same order.
+
+Beside this module's engine, which is `transformers`' own `generate`: `endpoint` and `vllm_engine`.
+"""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from hfsd import chat
 from hfsd.errors import HfsdError
-from hfsd.recipe import Endpoint
+from hfsd.records import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+R = TypeVar("R")
+Answered = tuple[list[Message], str]  # a conversation that ends with a user turn, and the answer to it
 
 
 @dataclass(frozen=True)
@@ -20,7 +26,7 @@ class Request:
     """One conversation that ends with a user turn."""
 
     id: str
-    messages: list[dict[str, str]]
+    messages: list[Message]
 
 
 @dataclass(frozen=True)
@@ -49,31 +55,98 @@ class Engine(Protocol):
 
     def generate(self, requests: Sequence[Request], sampling: Sampling, seed: int) -> list[Completion]: ...
 
+    def nats(self, answers: Sequence[Answered]) -> list[float | None]:
+        """Loss per token of each answer after its conversation; None: this engine cannot tell."""
+        ...
+
 
 class Transformers:
-    """One padded batch through `model.generate`; the same batch and seed give the same text."""
+    """`model.generate` on padded batches that fit a budget of tokens; the same batch and seed give the same text.
+
+    Out of memory, it halves the batch and goes on, and stays with the smaller one.
+
+    Args:
+        batch_tokens: tokens computed at once: rows times (longest prompt + new tokens).
+    """
 
     name = "transformers"
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.model, self.tokenizer = model, tokenizer
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_tokens: int = 1 << 15) -> None:
+        self.model, self.tokenizer, self.budget = model, tokenizer, batch_tokens
 
     def generate(self, requests: Sequence[Request], sampling: Sampling, seed: int) -> list[Completion]:
         import torch
 
-        texts = [chat.render(self.tokenizer, r.messages) for r in requests]
+        torch.manual_seed(seed)
+        prompts = [self._ids(chat.render(self.tokenizer, r.messages)) for r in requests]
+        new = self._in_batches(
+            [len(p) + sampling.max_new_tokens for p in prompts],
+            lambda rows: self._generated([prompts[i] for i in rows], sampling),
+        )
+        return [self._completion(r.id, tokens) for r, tokens in zip(requests, new, strict=True)]
+
+    def nats(self, answers: Sequence[Answered]) -> list[float | None]:
+        pairs = [chat.answer_ids(self.tokenizer, messages, text) for messages, text in answers]
+        scored = self._in_batches(
+            [len(head) + len(tail) for head, tail in pairs], lambda rows: self._scored([pairs[i] for i in rows])
+        )
+        return [s if tail else None for s, (_, tail) in zip(scored, pairs, strict=True)]
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _in_batches(self, sizes: Sequence[int], work: Callable[[list[int]], list[R]]) -> list[R]:
+        """`work` on row numbers, longest rows first, in batches that fit the budget; results in the rows' order."""
+        from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+
+        found: dict[int, R] = {}
+        waiting = sorted(range(len(sizes)), key=lambda i: (-sizes[i], i))
+        while waiting:
+            rows = waiting[: max(1, self.budget // max(1, sizes[waiting[0]]))]
+            try:
+                found |= dict(zip(rows, work(rows), strict=True))
+            except Exception as error:
+                if not should_reduce_batch_size(error):
+                    raise
+                if len(rows) == 1:
+                    raise HfsdError(
+                        f"one row of {sizes[rows[0]]} tokens does not fit in memory; lower rewrite.max_new_tokens or "
+                        "data.max_chars"
+                    ) from error
+                clear_device_cache(garbage_collection=True)
+                self.budget = len(rows) // 2 * sizes[rows[0]]
+                continue
+            waiting = waiting[len(rows) :]
+        return [found[i] for i in range(len(sizes))]
+
+    def _generated(self, prompts: Sequence[list[int]], sampling: Sampling) -> list[list[int]]:
+        import torch
+
         self.tokenizer.padding_side = "left"
-        batch = self.tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt").to(self.model.device)
+        batch = self.tokenizer.pad({"input_ids": list(prompts)}, return_tensors="pt").to(self.model.device)
         options: dict[str, Any] = {"do_sample": False}
         if sampling.temperature > 0:
             options = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
-        torch.manual_seed(seed)
         with torch.inference_mode():
             out = self.model.generate(
                 **batch, max_new_tokens=sampling.max_new_tokens, pad_token_id=self.tokenizer.pad_token_id, **options
             )  # [B, P + N]
-        new = out[:, batch["input_ids"].shape[1] :].tolist()
-        return [self._completion(r.id, tokens) for r, tokens in zip(requests, new, strict=True)]
+        return out[:, batch["input_ids"].shape[1] :].tolist()
+
+    def _scored(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[float]:
+        """Mean loss of each answer's tokens after its head."""
+        import torch
+
+        self.tokenizer.padding_side = "right"
+        batch = self.tokenizer.pad({"input_ids": [h + t for h, t in pairs]}, return_tensors="pt").to(self.model.device)
+        with torch.inference_mode():
+            logits = self.model(**batch, use_cache=False).logits  # [B, T, V]
+        found = []
+        for row, (head, tail) in zip(logits, pairs, strict=True):
+            at = slice(len(head) - 1, len(head) + len(tail) - 1)
+            targets = torch.tensor(tail, device=row.device)
+            found.append(torch.nn.functional.cross_entropy(row[at].float(), targets).item() if tail else 0.0)
+        return found
 
     def _completion(self, id: str, tokens: list[int]) -> Completion:
         ends = self._ends()
@@ -87,73 +160,3 @@ class Transformers:
         ends = self.model.generation_config.eos_token_id
         ends = self.tokenizer.eos_token_id if ends is None else ends
         return set(ends) if isinstance(ends, list) else {int(ends)}
-
-
-class Remote:
-    """Any OpenAI-compatible server, with bounded concurrency and retries with backoff."""
-
-    name = "endpoint"
-
-    def __init__(self, endpoint: Endpoint, model: str) -> None:
-        self.endpoint, self.model = endpoint, endpoint.model or model
-
-    def generate(self, requests: Sequence[Request], sampling: Sampling, seed: int) -> list[Completion]:
-        return asyncio.run(self._all(requests, sampling, seed))
-
-    async def _all(self, requests: Sequence[Request], sampling: Sampling, seed: int) -> list[Completion]:
-        from huggingface_hub import AsyncInferenceClient, get_token
-
-        gate = asyncio.Semaphore(self.endpoint.concurrency)
-        token = get_token() or "none"  # vLLM wants no key, the client wants one
-        async with AsyncInferenceClient(
-            base_url=self.endpoint.url, api_key=token, timeout=self.endpoint.timeout
-        ) as client:
-
-            async def one(request: Request) -> Completion:
-                async with gate:
-                    return await self._one(client, request, sampling, seed)
-
-            return await asyncio.gather(*(one(r) for r in requests))
-
-    async def _one(self, client: Any, request: Request, sampling: Sampling, seed: int) -> Completion:
-        for attempt in range(self.endpoint.retries + 1):
-            try:
-                answer = await client.chat_completion(
-                    messages=request.messages,
-                    model=self.model,
-                    max_tokens=sampling.max_new_tokens,
-                    temperature=sampling.temperature,
-                    top_p=sampling.top_p,
-                    seed=seed,
-                )
-                break
-            except Exception as error:
-                if not _worth_retrying(error):
-                    raise HfsdError(
-                        f"rewrite.endpoint {self.endpoint.url}: {_why(error)}; check its URL and model name"
-                    ) from error
-                if attempt == self.endpoint.retries:
-                    raise HfsdError(
-                        f"rewrite.endpoint {self.endpoint.url}: {_why(error)} after {attempt + 1} tries; "
-                        "run again when the server is back: finished batches are kept"
-                    ) from error
-                await asyncio.sleep(min(30.0, 0.5 * 2**attempt))
-        choice = answer.choices[0]
-        finish = "stop" if choice.finish_reason in ("stop", "eos_token") else "length"
-        used = answer.usage.completion_tokens if answer.usage else 0
-        return Completion(request.id, (choice.message.content or "").strip(), used, finish)
-
-
-def _worth_retrying(error: Exception) -> bool:
-    """429, 5xx, time-outs and connection faults may pass; anything else will not."""
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError, InferenceTimeoutError, OfflineModeIsEnabled
-
-    if isinstance(error, OfflineModeIsEnabled):
-        return False
-    if isinstance(error, HfHubHTTPError) and error.response is not None:
-        return error.response.status_code == 429 or error.response.status_code >= 500
-    return isinstance(error, InferenceTimeoutError | HTTPError | ConnectionError | TimeoutError)
-
-
-def _why(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]

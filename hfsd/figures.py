@@ -7,7 +7,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hfsd.records import BlockScores, Candidate, PrunePlan, Results, Scan, TaskScore, TrainReport, spelled
+from hfsd.records import (
+    BlockScores,
+    Candidate,
+    Example,
+    PrunePlan,
+    Results,
+    Rewrite,
+    Scan,
+    TaskScore,
+    TrainReport,
+    spelled,
+)
 from hfsd.stats import mean_score
 from hfsd.text import at_n, counted, in_percent, label, plural, recovered
 
@@ -52,6 +63,11 @@ def draw(results: Results, out: Path) -> list[str]:
         files["loss.png"] = lambda: loss(results.training)
     _save(files, out)
     return list(files)
+
+
+def draw_rewrites(pairs: Sequence[tuple[Example, Rewrite]], out: Path) -> None:
+    """`shift.png`: how long, how like and how likely the rewrites are beside their references."""
+    _save({"shift.png": lambda: rewrite_shift(pairs)}, out)
 
 
 def draw_scan(scores: BlockScores, scan: Scan | None, out: Path) -> None:
@@ -139,6 +155,31 @@ def block_scores(scores: BlockScores, plan: PrunePlan | None) -> Figure:
     marked = f"; circled: removed, {plan and spelled(plan.removed)}" if cuts else ""
     axes.set_title(f"{_score_title(scores)}\nwhite dots: lowest of each width{marked}")
     _whole_numbers(axes.xaxis, axes.yaxis)
+    return figure
+
+
+def rewrite_shift(pairs: Sequence[tuple[Example, Rewrite]]) -> Figure:
+    """Histograms over the rows: change of length, similarity and, where measured, likelihood under the original."""
+    rewrites = [r for _, r in pairs]
+    both = [(r.reference_nats, r.nats) for r in rewrites if r.reference_nats is not None and r.nats is not None]
+    figure = _figure(7.6, 6.2 if both else 4.2, 3 if both else 2)
+    length, similarity, *likelihood = figure.axes
+    growth = [len(r.text) / max(1, len(e.reference)) for e, r in pairs]
+    length.hist([min(g, 4.0) for g in growth], bins=40, range=(0, 4), color=COLOURS["self-distilled"])
+    length.set_xlabel("characters of the rewrite over those of the reference (4: 4 and more)")
+    similarity.hist([r.similarity for r in rewrites], bins=40, range=(0, 1), color=COLOURS["self-distilled"])
+    similarity.set_xlabel("similarity of rewrite and reference (0 to 1)")
+    for axes in likelihood:
+        top = max(max(pair) for pair in both) * 1.02
+        for at, (name, arm) in enumerate((("reference", "sft"), ("rewrite", "self-distilled"))):
+            values = [pair[at] for pair in both]
+            told = f"{name}, mean {sum(values) / len(values):.2f}"
+            axes.hist(values, bins=40, range=(0, top), alpha=0.65, color=COLOURS[arm], label=told)
+        axes.set_xlabel("loss under the original, given the prompt alone (nats per token)")
+        axes.legend(frameon=False)
+    for axes in figure.axes:
+        axes.set_ylabel("rows")
+    length.set_title(f"How far the original's words are from the references (n = {len(pairs)})")
     return figure
 
 

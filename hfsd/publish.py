@@ -16,7 +16,7 @@ from typing import Any
 
 from hfsd import hub
 from hfsd.assets import assets
-from hfsd.cards import dataset_card, model_card, pictures, space_card, validate
+from hfsd.cards import DATA_FILES, dataset_card, model_card, pictures, space_card, validate
 from hfsd.compare import read as read_answers
 from hfsd.errors import HfsdError
 from hfsd.models import Source
@@ -162,7 +162,7 @@ def _stage_adapter(adapter: Path, target: Path, base: str) -> None:
 
 def _stage_dataset(family: Family, target: Path) -> str:
     rewriting = family.root / "rewrite"
-    for name in ("sft.parquet", "self-distilled.parquet", "rewrites.jsonl"):
+    for name in (*DATA_FILES.values(), "rewrites.jsonl"):
         link_or_copy(rewriting / name, target / name)
     return dataset_card(family.results, family.ids, read_rewrites(rewriting)[:3])
 

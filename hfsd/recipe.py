@@ -159,13 +159,42 @@ class Endpoint(Block):
 class Rewrite(Block):
     from_: str | None = Field(None, alias="from", description="rewrites that you already have: .jsonl with id and text")
     task: Literal["instruction", "math", "code"] = Field("instruction", description="which prompt and which check")
-    engine: Literal["transformers", "endpoint"] = Field(
-        "transformers",
-        description="transformers: in this process; endpoint: any OpenAI-compatible server, such as vLLM's",
+    mode: Literal["reference", "few-shot", "self", "best"] = Field(
+        "reference",
+        description="reference: answer with the reference as a guide (the paper); few-shot: the same behind worked "
+        "rewrites; self: the prompt alone; best: all three, and the acceptable one that is likeliest per token",
     )
+    candidates: Positive = Field(
+        1, description="drafts per row, until one is accepted; more than 1 needs a temperature"
+    )
+    check: Literal["auto", "math", "exact", "choice", "json", "none"] = Field(
+        "auto", description="of the final answer; auto: by the task (math; for code the tool calls, if there are any)"
+    )
+    on_reject: Literal["reference", "drop"] = Field(
+        "reference", description="a row whose drafts are not acceptable keeps its reference, or leaves both arms"
+    )
+    max_growth: float | None = Field(
+        3.0,
+        gt=0,
+        description="longest rewrite, in characters of its reference (200 more are always allowed); None: any",
+    )
+    min_similarity: float = Field(0.1, ge=0, le=1, description="least similarity to the reference")
+    likelier: bool = Field(True, description="a rewrite must be at least as likely per token as its reference")
+    similarity_model: str | None = Field(
+        None, description="a sentence-transformers model that measures similarity; None: overlap of words (ROUGE-1)"
+    )
+    engine: Literal["transformers", "endpoint", "vllm"] = Field(
+        "transformers",
+        description="transformers: in this process; vllm: in this process, where vLLM is installed; endpoint: any "
+        "OpenAI-compatible server, such as `vllm serve --data-parallel-size N`",
+    )
+    tensor_parallel: Positive = Field(1, description="accelerators that share each layer, for engine: vllm")
     endpoint: Endpoint | None = Field(None, description="the server, for engine: endpoint")
     max_new_tokens: Positive = Field(512, description="tokens per rewrite; a longer one is cut off and not used")
     batch_rows: Positive = Field(32, description="rows per planned batch; a batch is the unit that is resumed")
+    batch_tokens: Positive = Field(
+        32768, description="tokens that the transformers engine computes at once, prompts and answers, padding included"
+    )
     temperature: float = Field(0.0, ge=0, description="0: greedy")
     top_p: float = Field(1.0, gt=0, le=1)
     seed: int = 0
@@ -174,6 +203,10 @@ class Rewrite(Block):
     def _endpoint_given(self) -> Rewrite:
         if (self.engine == "endpoint") != (self.endpoint is not None):
             raise ValueError("engine: endpoint and the block rewrite.endpoint go together; give both or neither")
+        if self.candidates > 1 and self.temperature == 0:
+            raise ValueError(f"candidates is {self.candidates}, and at temperature 0 all of them are the same text")
+        if self.mode == "best" and self.engine == "endpoint":
+            raise ValueError("mode: best compares likelihoods, which a chat endpoint does not give; use another engine")
         return self
 
 

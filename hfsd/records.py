@@ -20,6 +20,8 @@ T = TypeVar("T")
 # One order of variants everywhere: tables, pictures, cards, the Space.
 ARMS = ("original", "pruned", "sft", "self-distilled", "merged")
 TRAINED_ARMS = ("sft", "self-distilled")
+# Arm -> configuration of the data set that it is trained on, which is the name of its parquet file.
+CONFIGS = {"sft": "reference", "self-distilled": "self-distilled"}
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,9 @@ class Provenance:
 class Rewrite:
     """The original's answer to one row, and whether training uses it (`kept`) or the reference (`reason` says why).
 
-    `n_tokens` counts generated tokens, the end-of-turn token included; `text` is always what was generated.
+    `n_tokens` counts generated tokens, the end-of-turn token included; `text` is always what was generated. `nats` and
+    `reference_nats` are the losses per token of rewrite and reference under the original, given the prompt alone; None:
+    not measured. `similarity` is that of the two, 0 to 1.
     """
 
     id: str
@@ -177,11 +181,19 @@ class Rewrite:
     reason: str
     n_tokens: int
     finish: str
+    mode: str = "reference"
+    nats: float | None = None
+    reference_nats: float | None = None
+    similarity: float = 0.0
 
 
 @dataclass(frozen=True)
 class TrainSet:
-    """The rewritten set: `reasons` counts rows by reason; `kept` is the reason of a row that was accepted."""
+    """The rewritten set: `reasons` counts rows by reason; `kept` is the reason of a row that was accepted.
+
+    `n_tokens` are all tokens generated, drafts that were not chosen included. `modes` counts accepted rows by mode.
+    `reference_nats` and `rewrite_nats` are means over rows.
+    """
 
     path: str
     rows: int
@@ -193,6 +205,12 @@ class TrainSet:
     sampling: dict[str, Any]
     reference_chars: int
     rewrite_chars: int
+    mode: str = "reference"
+    modes: dict[str, int] = field(default_factory=dict)
+    on_reject: str = "reference"
+    reference_nats: float | None = None
+    rewrite_nats: float | None = None
+    similarity: float | None = None
 
 
 @dataclass(frozen=True)

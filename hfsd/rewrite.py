@@ -1,172 +1,105 @@
-"""Rewrite: the original answers every training row in its own words, with the reference as a guide.
-
-All batches are planned from the rows up front. Each is one fsynced line of work/batches.jsonl, written whole: after a
-kill, a torn last line is dropped and that batch is made again with the same rows and the same seed.
-"""
+"""Rewrite: the original answers every training row in its own words; each answer is accepted or not, with a reason."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import re
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from hfsd import checks
-from hfsd.engines import Completion, Engine, Request, Sampling
-from hfsd.errors import BadRequest, HfsdError
-from hfsd.progress import track
+from hfsd import chat, checks, figures
+from hfsd.answers import with_final_line
+from hfsd.checks import Draft
+from hfsd.drafts import Drafts
+from hfsd.engines import Engine
+from hfsd.errors import BadRequest
 from hfsd.recipe import Rewrite as RewriteRecipe
-from hfsd.records import Example, Rewrite, TrainSet, dumps
+from hfsd.records import CONFIGS, Example, Rewrite, TrainSet, dumps
 from hfsd.rundir import write_atomic
 
-ARMS = ("sft", "self-distilled")
 
-
-def run(engine: Callable[[], Engine], rows: Sequence[Example], recipe: RewriteRecipe, key: str, out: Path) -> TrainSet:
+def run(
+    engine: Callable[[], Engine],
+    rows: Sequence[Example],
+    spare: Sequence[Example],
+    recipe: RewriteRecipe,
+    key: str,
+    out: Path,
+) -> TrainSet:
     """Rewrites the rows and writes the training set of both arms.
 
     Args:
         engine: makes the generator; not called where every batch is already there.
-        key: the stage's key; a batch is seeded by it and by its own number.
-        out: gets rewrites.jsonl (every row, input order), ARM.parquet (both arms, equal ids), stats.json.
+        spare: rows that are not trained on, for the worked rewrites of few-shot prompts.
+        key: the stage's key; a batch is seeded by it and by its own place.
+        out: gets rewrites.jsonl (every row, input order), one parquet file per arm (equal ids), stats.json, shift.png.
 
     Raises:
+        BadRequest: no row is left (on_reject: drop), or the rewrites given do not fit.
         HfsdError: the engine failed; finished batches are kept.
     """
     start = time.perf_counter()
     if recipe.from_ is not None:
-        done, name = _given(Path(recipe.from_), rows), f"from {Path(recipe.from_).name}"
+        name, pairs = f"from {Path(recipe.from_).name}", _given(Path(recipe.from_), rows, recipe)
     else:
-        done, name = _generate(engine, rows, recipe, key, out), recipe.engine
-    rewrites = [_judge(done[row.id], row, recipe.task) for row in rows]
-    write_atomic(out / "rewrites.jsonl", "".join(json.dumps(asdict(r), ensure_ascii=False) + "\n" for r in rewrites))
-    for arm in ARMS:
-        _write_arm(arm, rows, rewrites, out / f"{arm}.parquet")
-    kept = sum(r.kept for r in rewrites)
-    stats = TrainSet(
-        path=out.name,
-        rows=len(rows),
-        kept_fraction=kept / len(rows),
-        reasons=dict(sorted(Counter(r.reason for r in rewrites).items())),
-        n_tokens=sum(r.n_tokens for r in rewrites),
-        seconds=round(time.perf_counter() - start, 3),
-        engine=name,
-        sampling={"temperature": recipe.temperature, "top_p": recipe.top_p, "max_new_tokens": recipe.max_new_tokens},
-        reference_chars=sum(len(e.reference) for e in rows),
-        rewrite_chars=sum(len(r.text) for r in rewrites),
-    )
+        drafts = Drafts(engine, recipe, key, out / "work" / "batches.jsonl", _similarity(recipe))
+        drafts.make(rows, spare)
+        name = recipe.engine
+        pairs = [(row, _judged(*drafts.chosen(row), drafts.reference_nats[row.id])) for row in rows]
+    used = [pair for pair in pairs if pair[1].kept or recipe.on_reject == "reference"]
+    if not used:
+        raise BadRequest(f"rewrite: none of {len(rows)} rewrites was accepted and on_reject is drop: no row is left")
+    lines = [{**asdict(rewrite), "example": asdict(row)} for row, rewrite in pairs]
+    write_atomic(out / "rewrites.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    for arm, config in CONFIGS.items():
+        _write_arm(arm, used, out / f"{config}.parquet")
+    made = [d for batch in (drafts.of.values() if recipe.from_ is None else ()) for d in batch]
+    stats = _stats(out, name, pairs, recipe, sum(d.n_tokens for d in made), time.perf_counter() - start)
     write_atomic(out / "stats.json", dumps(stats))
+    figures.draw_rewrites(pairs, out)
     return stats
-
-
-def requests(rows: Sequence[Example], task: str) -> list[Request]:
-    """What the original is asked for each row: prompts.yaml's text with the row's prompt and reference in it."""
-    texts = checks.prompts()[task]
-    made = []
-    for row in rows:
-        # One pass, so that braces or placeholders inside a row's own text stay as they are.
-        user = "".join({"{prompt}": row.prompt, "{reference}": row.reference}.get(p, p) for p in _pieces(texts["user"]))
-        messages = [{"role": "system", "content": texts["system"]}, {"role": "user", "content": user}]
-        made.append(Request(row.id, messages))
-    return made
 
 
 def read(folder: Path) -> list[tuple[Example, Rewrite]]:
     """The rows of a finished stage with their rewrites, in the order of the input."""
-    import pyarrow.parquet as pq
-
-    lines = (folder / "rewrites.jsonl").read_text(encoding="utf-8").split("\n")
-    rewrites = [Rewrite(**json.loads(line)) for line in lines if line]
-    rows = pq.read_table(folder / "sft.parquet").to_pylist()
-    examples = [Example(r["id"], r["prompt"][0]["content"], r["completion"][0]["content"]) for r in rows]
-    return list(zip(examples, rewrites, strict=True))
-
-
-def _pieces(template: str) -> list[str]:
-    return re.split(r"(\{prompt\}|\{reference\})", template)
+    found = []
+    for line in (folder / "rewrites.jsonl").read_text(encoding="utf-8").split("\n")[:-1]:
+        fields = json.loads(line)
+        example = fields.pop("example")
+        found.append((Example(**example | {"history": tuple(example["history"])}), Rewrite(**fields)))
+    return found
 
 
-def plan_batches(rows: Sequence[Example], size: int) -> list[list[int]]:
-    """Row numbers per batch, rows of like length together so that little is padded; a function of the rows alone."""
-    order = sorted(range(len(rows)), key=lambda i: (len(rows[i].prompt) + 2 * len(rows[i].reference), rows[i].id))
-    return [order[i : i + size] for i in range(0, len(order), size)]
-
-
-def _generate(
-    engine: Callable[[], Engine], rows: Sequence[Example], recipe: RewriteRecipe, key: str, out: Path
-) -> dict[str, Completion]:
-    plan = plan_batches(rows, recipe.batch_rows)
-    asked = requests(rows, recipe.task)
-    log = out / "work" / "batches.jsonl"
-    done = _finished_batches(log, plan, rows)
-    sampling = Sampling(recipe.max_new_tokens, recipe.temperature, recipe.top_p)
-    completions = {c.id: c for batch in done.values() for c in batch}
-    references = {row.id: row.reference for row in rows}
-    generator: Engine | None = None
-    with track("rewrite", len(rows), "rows") as advance:
-        advance(len(completions), note=_note(completions, references, recipe.task))
-        for number, members in enumerate(plan):
-            if number in done:
-                continue
-            generator = generator or engine()
-            made = generator.generate([asked[i] for i in members], sampling, _seed(key, recipe.seed, number))
-            _append(log, {"batch": number, "completions": [asdict(c) for c in made]})
-            completions |= {c.id: c for c in made}
-            advance(len(members), note=_note(completions, references, recipe.task))
-    return completions
-
-
-def _note(completions: dict[str, Completion], references: dict[str, str], task: str) -> str:
-    if not completions:
-        return ""
-    verdicts = [checks.verdict(c.text, references[c.id], c.finish, task) for c in completions.values()]
-    return f"{verdicts.count(checks.KEPT) / len(verdicts):.0%} accepted"
-
-
-def _seed(key: str, seed: int, batch: int) -> int:
-    return int.from_bytes(hashlib.sha256(f"{key} {seed} {batch}".encode()).digest()[:4], "big")
-
-
-def _append(path: Path, record: dict[str, Any]) -> None:
-    """One line, on the disk before the next batch begins."""
+def _similarity(recipe: RewriteRecipe) -> Callable[[str, str], float]:
+    if recipe.similarity_model is None:
+        return checks.overlap
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "ab") as handle:
-            handle.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
-            handle.flush()
-            os.fsync(handle.fileno())
-    except OSError as error:
-        raise HfsdError(
-            f"cannot write {path}: {error.strerror}; free some space and run again, finished batches are kept"
-        ) from error
+        from sentence_transformers import SentenceTransformer
+    except ImportError:
+        raise BadRequest(
+            "rewrite.similarity_model needs sentence-transformers: pip install sentence-transformers; "
+            "without a model, similarity is the overlap of words"
+        ) from None
+    model = SentenceTransformer(recipe.similarity_model)
+
+    def similarity(text: str, reference: str) -> float:
+        one, other = model.encode([text, reference], normalize_embeddings=True, show_progress_bar=False)
+        return max(0.0, float(one @ other))
+
+    return similarity
 
 
-def _finished_batches(path: Path, plan: list[list[int]], rows: Sequence[Example]) -> dict[int, list[Completion]]:
-    """Batches that are whole in the log. A torn last line is cut off, so that the next starts on a line of its own."""
-    if not path.is_file():
-        return {}
-    data = path.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    if len(whole) < len(data):
-        os.truncate(path, len(whole))
-    done = {}
-    for line in whole.decode("utf-8").split("\n"):
-        if line:
-            record = json.loads(line)
-            made = [Completion(**c) for c in record["completions"]]
-            if [c.id for c in made] != [rows[i].id for i in plan[record["batch"]]]:
-                raise HfsdError(f"{path}: batch {record['batch']} is of other rows; make it again with --redo rewrite")
-            done[record["batch"]] = made
-    return done
+def _judged(draft: Draft, reason: str, reference_nats: float | None) -> Rewrite:
+    fields = asdict(draft)
+    return Rewrite(**fields, kept=reason == checks.KEPT, reason=reason, reference_nats=reference_nats)
 
 
-def _given(path: Path, rows: Sequence[Example]) -> dict[str, Completion]:
+def _given(path: Path, rows: Sequence[Example], recipe: RewriteRecipe) -> list[tuple[Example, Rewrite]]:
     """Rewrites that the user already has, one per row, matched by id."""
     try:
         given = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
@@ -179,30 +112,61 @@ def _given(path: Path, rows: Sequence[Example]) -> dict[str, Completion]:
         raise BadRequest(
             f"rewrite.from: {path} has no rewrite of {len(absent)} of {len(rows)} rows, such as {absent[0]}"
         )
-    return {row.id: Completion(row.id, texts[row.id], 0, "stop") for row in rows}
+    similarity = _similarity(recipe)
+    found = []
+    for row in rows:
+        text = texts[row.id]
+        draft = Draft(row.id, text, 0, "stop", "given", None, round(similarity(text, row.reference), 4))
+        found.append((row, _judged(draft, checks.verdict(draft, row, None, recipe), None)))
+    return found
 
 
-def _judge(made: Completion, row: Example, task: str) -> Rewrite:
-    reason = checks.verdict(made.text, row.reference, made.finish, task)
-    return Rewrite(row.id, made.text, reason == checks.KEPT, reason, made.n_tokens, made.finish)
+def _stats(
+    out: Path,
+    engine: str,
+    pairs: Sequence[tuple[Example, Rewrite]],
+    recipe: RewriteRecipe,
+    n_tokens: int,
+    seconds: float,
+) -> TrainSet:
+    """Counts over all rows; lengths over all rewrites; likelihoods over the rows where both are measured."""
+    rewrites = [r for _, r in pairs]
+    both = [(r.reference_nats, r.nats) for r in rewrites if r.reference_nats is not None and r.nats is not None]
+    return TrainSet(
+        path=out.name,
+        rows=len(rewrites),
+        kept_fraction=fmean(r.kept for r in rewrites),
+        reasons=dict(sorted(Counter(r.reason for r in rewrites).items())),
+        n_tokens=n_tokens,
+        seconds=round(seconds, 3),
+        engine=engine,
+        sampling={"temperature": recipe.temperature, "top_p": recipe.top_p, "max_new_tokens": recipe.max_new_tokens},
+        reference_chars=sum(len(e.reference) for e, _ in pairs),
+        rewrite_chars=sum(len(r.text) for r in rewrites),
+        mode=recipe.mode if recipe.from_ is None else "given",
+        modes=dict(sorted(Counter(r.mode for r in rewrites if r.kept).items())),
+        on_reject=recipe.on_reject,
+        reference_nats=fmean(a for a, _ in both) if both else None,
+        rewrite_nats=fmean(b for _, b in both) if both else None,
+        similarity=fmean(r.similarity for r in rewrites),
+    )
 
 
-def _write_arm(arm: str, rows: Sequence[Example], rewrites: Sequence[Rewrite], path: Path) -> None:
+def _write_arm(arm: str, pairs: Sequence[tuple[Example, Rewrite]], path: Path) -> None:
     """One arm's rows in TRL's conversational prompt/completion form, as parquet."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    table = []
-    for row, made in zip(rows, rewrites, strict=True):
-        text = (
-            checks.with_final_line(made.text, row.reference) if arm == "self-distilled" and made.kept else row.reference
-        )
+    table: list[dict[str, Any]] = []
+    for row, made in pairs:
+        own = arm == "self-distilled" and made.kept
+        text = with_final_line(made.text, row.reference) if own else row.reference
         table.append(
             {
                 "id": row.id,
-                "prompt": [{"role": "user", "content": row.prompt}],
+                "prompt": chat.asked(row),
                 "completion": [{"role": "assistant", "content": text}],
-                "rewritten": arm == "self-distilled" and made.kept,
+                "rewritten": own,
                 "reason": made.reason,
             }
         )

@@ -16,7 +16,7 @@ import yaml
 
 from hfsd import chat, data, models, recipes, surgery
 from hfsd.recipe import Data, Recipe
-from hfsd.records import Checkpoint, EvalRow, Scan, TrainReport, TrainSet, Variant, dumps, from_json, load
+from hfsd.records import CONFIGS, Checkpoint, EvalRow, Scan, TrainReport, TrainSet, Variant, dumps, from_json, load
 from hfsd.rundir import DONE, Stage, read_json, write_atomic
 
 if TYPE_CHECKING:
@@ -117,23 +117,24 @@ def prune(work: Session, stage: Stage) -> dict[str, Any]:
 
 def rewrite(work: Session, stage: Stage) -> dict[str, Any]:
     """rewrites.jsonl, one parquet file per arm, stats.json."""
-    from hfsd import engines
+    from hfsd import endpoint, engines, vllm_engine
     from hfsd import rewrite as stages
 
     asked = work.recipe.rewrite
 
     def engine() -> engines.Engine:
         if asked.endpoint is not None:
-            return engines.Remote(asked.endpoint, work.recipe.model.path)
-        return engines.Transformers(work.original, work.tokenizer)
+            return endpoint.Remote(asked.endpoint, work.recipe.model.path)
+        if asked.engine == "vllm":
+            return vllm_engine.InProcess(work.source.folder, asked.tensor_parallel, work.recipe.model)
+        return engines.Transformers(work.original, work.tokenizer, asked.batch_tokens)
 
-    stages.run(engine, work.splits.train, asked, stage.key, stage.path)
+    stages.run(engine, work.splits.train, work.splits.calibration, asked, stage.key, stage.path)
     return {}
 
 
 def train(work: Session, stage: Stage) -> dict[str, Any]:
     """One arm: adapter/, merged/, losses.jsonl, train.json."""
-    from hfsd import rewrite as rewriting
     from hfsd import train as stages
 
     work.release()
@@ -143,7 +144,7 @@ def train(work: Session, stage: Stage) -> dict[str, Any]:
     if given is not None:
         stages.adopt(Path(given), base, variant, stage.path)
     else:
-        rows = {arm: work.root / "rewrite" / f"{arm}.parquet" for arm in rewriting.ARMS}
+        rows = {arm: work.root / "rewrite" / f"{config}.parquet" for arm, config in CONFIGS.items()}
         stages.run(base, rows, variant, work.recipe.train, stage.path, work.checkpoint.sha256)
     return {"train_seed": work.recipe.train.seed}
 

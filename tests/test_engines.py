@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from hfsd import chat, engines, models, rewrite
+from hfsd.endpoint import Remote
 from hfsd.engines import Request, Sampling
-from hfsd.errors import HfsdError
+from hfsd.errors import HfsdError, Refusal
 from hfsd.recipe import Endpoint
 from hfsd.recipe import Rewrite as RewriteRecipe
 from hfsd.records import Example
@@ -25,6 +26,7 @@ class Server(ThreadingHTTPServer):
 
     faults: list[int]
     asked: list[dict]
+    models: list[dict] | None
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -45,6 +47,13 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(raw)
 
+    def do_GET(self) -> None:
+        raw = json.dumps({"object": "list", "data": self.server.models}).encode()
+        self.send_response(200 if self.server.models is not None else 404)
+        self.send_header("Content-Length", str(len(raw)))
+        self.end_headers()
+        self.wfile.write(raw)
+
     def log_message(self, *_: object) -> None:
         pass
 
@@ -53,16 +62,16 @@ class Handler(BaseHTTPRequestHandler):
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # it forbids loopback too
     made = Server(("127.0.0.1", 0), Handler)
-    made.faults, made.asked = [], []
+    made.faults, made.asked, made.models = [], [], [{"id": "org/model"}]
     threading.Thread(target=made.serve_forever, daemon=True).start()
     yield made
     made.shutdown()
     made.server_close()
 
 
-def _remote(server: Server, **options: object) -> engines.Remote:
+def _remote(server: Server, **options: object) -> Remote:
     url = f"http://127.0.0.1:{server.server_address[1]}/v1"
-    return engines.Remote(Endpoint(url=url, **options), "org/model")
+    return Remote(Endpoint(url=url, **options), "org/model")
 
 
 REQUESTS = [Request(f"r{i}", [{"role": "user", "content": f"say {i}"}]) for i in range(6)]
@@ -98,34 +107,96 @@ def test_remote_tries_again_where_it_may_help(server: Server) -> None:
         _remote(server, retries=1).generate(REQUESTS[:1], Sampling(5), seed=0)
 
 
+def test_a_row_that_the_server_refuses_is_given_up_with_the_reason(server: Server) -> None:
+    server.faults = [400]
+    first, second = _remote(server, concurrency=1).generate(REQUESTS[:2], Sampling(5), seed=0)
+    assert first.finish.startswith("failed: ") and "400" in first.finish and (first.text, first.n_tokens) == ("", 0)
+    assert second.finish == "stop"
+    server.faults = [500, 500]  # this row fails again and again, the other one does not
+    first, second = _remote(server, concurrency=1, retries=1).generate(REQUESTS[:2], Sampling(5), seed=0)
+    assert first.finish.startswith("failed: ") and second.finish == "stop"
+
+
+def test_a_server_of_another_model_is_refused(server: Server) -> None:
+    server.models = [{"id": "other/model"}]
+    with pytest.raises(Refusal, match="serves other/model, not org/model; set rewrite.endpoint.model"):
+        _remote(server).generate(REQUESTS[:1], Sampling(5), seed=0)
+    server.models = [{"id": "alias", "root": "/models/other"}]
+    with pytest.raises(Refusal, match="alias is /models/other there, not the original org/model"):
+        _remote(server, model="alias").generate(REQUESTS[:1], Sampling(5), seed=0)
+    server.models = [{"id": "alias", "root": "/models/model"}]
+    assert _remote(server, model="alias").generate(REQUESTS[:1], Sampling(5), seed=0)[0].finish == "stop"
+    assert not server.asked[:-1]
+
+
+def test_a_server_that_does_not_list_its_models_is_told(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    server.models = None
+    assert _remote(server).generate(REQUESTS[:1], Sampling(5), seed=0)[0].finish == "stop"
+    assert "/models lists no models (404); whose words these are is not checked" in capsys.readouterr().err
+
+
+def test_out_of_memory_halves_the_batch_and_goes_on(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    model, tokenizer = models.load(model_folder), models.load_tokenizer(model_folder)
+    asked = [Request(f"r{i}", chat.single_turn("word " * (9 - i))) for i in range(8)]
+    expected = engines.Transformers(model, tokenizer).generate(asked, Sampling(6), seed=0)
+    real, sizes = type(model).generate, []
+
+    def small(self, **options):
+        sizes.append(len(options["input_ids"]))
+        if sizes[-1] > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+        return real(self, **options)
+
+    monkeypatch.setattr(type(model), "generate", small)
+    assert engines.Transformers(model, tokenizer).generate(asked, Sampling(6), seed=0) == expected
+    assert sizes[:3] == [8, 4, 2] and set(sizes[3:]) <= {1, 2}
+    monkeypatch.setattr(
+        type(model), "generate", lambda *_, **__: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory."))
+    )
+    with pytest.raises(HfsdError, match="one row of .* tokens does not fit in memory; lower rewrite.max_new_tokens"):
+        engines.Transformers(model, tokenizer).generate(asked, Sampling(6), seed=0)
+
+
+def test_a_budget_of_tokens_changes_nothing_but_the_batches(model_folder: Path) -> None:
+    model, tokenizer = models.load(model_folder), models.load_tokenizer(model_folder)
+    asked = [Request(f"r{i}", chat.single_turn("word " * (i + 1))) for i in range(5)]
+    wide, narrow = (engines.Transformers(model, tokenizer, b).generate(asked, Sampling(6), 0) for b in (10**6, 150))
+    assert wide == narrow
+
+
+def test_likelihoods_equal_a_plain_computation(model_folder: Path) -> None:
+    import torch
+
+    model, tokenizer = models.load(model_folder), models.load_tokenizer(model_folder)
+    talks = [chat.single_turn("why " * (i + 1)) for i in range(4)]
+    answers = ["because", "", "so it is", "x"]
+    found = engines.Transformers(model, tokenizer, 200).nats(list(zip(talks, answers, strict=True)))
+    for talk, answer, nats in zip(talks, answers, found, strict=True):
+        head, tail = chat.answer_ids(tokenizer, talk, answer)
+        if not tail:
+            assert nats is None
+            continue
+        with torch.inference_mode():
+            logs = model(torch.tensor([head + tail])).logits[0].log_softmax(-1)
+        plain = -sum(logs[len(head) + i - 1, t].item() for i, t in enumerate(tail)) / len(tail)
+        assert nats == pytest.approx(plain, rel=1e-5)
+
+
 def test_a_server_that_dies_and_comes_back_loses_no_row(server: Server, tmp_path: Path) -> None:
     rows = [Example(f"e{i}", f"question {i}", f"so #### {i}") for i in range(9)]
-    asked = RewriteRecipe(batch_rows=3, task="instruction")
+    asked = RewriteRecipe(batch_rows=3, task="instruction", min_similarity=0)
     remote = _remote(server, retries=0)
-    server.faults = [200, 200, 200, 200, 500]
+    server.faults = [200, 200, 200, 500, 500, 500]
     with pytest.raises(HfsdError, match="finished batches are kept"):
-        rewrite.run(lambda: remote, rows, asked, "key", tmp_path)
+        rewrite.run(lambda: remote, rows, [], asked, "key", tmp_path)
     (kept,) = (tmp_path / "work" / "batches.jsonl").read_text().splitlines()
     finished = {f"question {row.id[1:]}" for row in rows if f'"{row.id}"' in kept}
-    stats = rewrite.run(lambda: remote, rows, asked, "key", tmp_path)
+    stats = rewrite.run(lambda: remote, rows, [], asked, "key", tmp_path)
     times = Counter(f"question {n}" for body in server.asked for n in re.findall(r"question (\d)", str(body)))
     # Counted by question: a request of the failed batch may reach the server after the failure was raised.
     assert len(finished) == 3 and all(times[question] == 1 for question in finished)
     found = rewrite.read(tmp_path)
     assert [e.id for e, _ in found] == [r.id for r in rows] == [r.id for _, r in found]
     assert stats.rows == 9 and sum(stats.reasons.values()) == 9
-
-
-def test_the_reference_is_asked_with_and_never_trained_with(tmp_path: Path) -> None:
-    import pyarrow.parquet as pq
-
-    row = Example("e", "a {reference} in the prompt", "the {prompt} reference")
-    (asked,) = rewrite.requests([row], "instruction")
-    text = asked.messages[-1]["content"]
-    assert text.count("the {prompt} reference") == 1 and "a {reference} in the prompt" in text
-    given = tmp_path / "mine.jsonl"
-    given.write_text(json.dumps({"id": "e", "text": "my words"}) + "\n")
-    rewrite.run(lambda: pytest.fail("no engine is needed"), [row], RewriteRecipe(**{"from": str(given)}), "k", tmp_path)
-    sft, own = (pq.read_table(tmp_path / f"{arm}.parquet").to_pylist()[0] for arm in rewrite.ARMS)
-    assert sft["prompt"] == own["prompt"] == [{"role": "user", "content": row.prompt}]
-    assert sft["completion"][0]["content"] == row.reference and own["completion"][0]["content"] == "my words"

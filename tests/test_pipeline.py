@@ -92,8 +92,8 @@ def test_verify_finds_an_output_that_changed_behind_its_marker(copy: Path, model
 
 
 def test_a_missing_output_is_named(copy: Path, model_folder: Path) -> None:
-    (copy / "rewrite" / "sft.parquet").unlink()
-    with pytest.raises(HfsdError, match=r"sft\.parquet is gone since rewrite was finished.*--redo rewrite"):
+    (copy / "rewrite" / "reference.parquet").unlink()
+    with pytest.raises(HfsdError, match=r"reference\.parquet is gone since rewrite was finished.*--redo rewrite"):
         pipeline.run(tiny.recipe(model_folder), out=copy)
 
 

@@ -85,9 +85,9 @@ tuned = PeftModel.from_pretrained(base, repo, subfolder="adapter")
 assert tuned.peft_config["default"].base_model_name_or_path == "tester/{stem}"
 assert torch.allclose(logits(tuned), logits(AutoModelForCausalLM.from_pretrained(repo)), atol=1e-4)
 data = "tester/gsm-symbolic-rewritten-by-tiny-llama"
-sets = {{c: load_dataset(data, c, split="train") for c in ("sft", "self-distilled")}}
-assert sets["sft"]["id"] == sets["self-distilled"]["id"] and len(sets["sft"]) == 12
-assert sets["sft"][0]["prompt"][0]["role"] == "user"
+sets = {{c: load_dataset(data, c, split="train") for c in ("reference", "self-distilled")}}
+assert sets["reference"]["id"] == sets["self-distilled"]["id"] and len(sets["reference"]) == 12
+assert sets["reference"][0]["prompt"][0]["role"] == "user"
 print("ROUND TRIP")
 """
 

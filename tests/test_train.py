@@ -11,8 +11,8 @@ import pytest
 from hfsd import models, train
 from hfsd.errors import BadRequest, HfsdError, Refusal
 from hfsd.recipe import Train
+from hfsd.records import TRAINED_ARMS as ARMS
 from hfsd.records import Variant
-from hfsd.rewrite import ARMS
 
 WEIGHTS = {"model.safetensors": "aa"}
 

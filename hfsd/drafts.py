@@ -1,0 +1,207 @@
+"""Drafts of every row, batch by batch, losing nothing.
+
+Which rows a batch holds and how it is seeded follow from the rows and the recipe alone. Each batch is one fsynced line
+of a log, written whole: after a kill, a torn last line is dropped and that batch is made again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from hfsd import chat, checks
+from hfsd.checks import Draft
+from hfsd.engines import Engine, Request, Sampling
+from hfsd.errors import BadRequest, HfsdError
+from hfsd.progress import Advance, track
+from hfsd.recipe import Rewrite as RewriteRecipe
+from hfsd.records import Example, Message
+
+MODES = ("reference", "few-shot", "self")  # what `best` chooses from
+SHOTS, SHOT_ROWS = 3, 12  # worked rewrites in a few-shot prompt, and rows tried to find them
+Shot = tuple[Example, str]
+Similarity = Callable[[str, str], float]
+
+
+class Drafts:
+    """Drafts and the references' likelihoods, as far as the log holds them.
+
+    Args:
+        engine: makes the generator; not called where the log holds every batch.
+        key: seeds the batches, with the recipe's seed and each batch's place.
+        similarity: of a text to its reference, 0 to 1.
+    """
+
+    def __init__(
+        self, engine: Callable[[], Engine], recipe: RewriteRecipe, key: str, log: Path, similarity: Similarity
+    ) -> None:
+        self.recipe, self.key, self.log, self.similarity = recipe, key, log, similarity
+        self.of: dict[str, list[Draft]] = {}
+        self.reference_nats: dict[str, float | None] = {}
+        self._make = engine
+        self._engine: Engine | None = None
+        self._done = _finished(log)
+        self._sampling = Sampling(recipe.max_new_tokens, recipe.temperature, recipe.top_p)
+
+    def make(self, rows: Sequence[Example], spare: Sequence[Example]) -> None:
+        """Drafts for all rows: of every mode for `best`, else up to `candidates` until one is accepted.
+
+        Raises:
+            BadRequest: few-shot, and the spare rows gave too few acceptable worked rewrites.
+            HfsdError: the engine failed, or the disk is full; finished batches are kept.
+        """
+        modes = MODES if self.recipe.mode == "best" else (self.recipe.mode,)
+        shots = self._shots(spare) if "few-shot" in modes else []
+        passes = [(mode, k) for mode in modes for k in range(self.recipe.candidates)]
+        with track("rewrite", len(rows) * len(modes), "drafts") as advance:
+            for mode, k in passes:
+                wanted = [r for r in rows if k == 0 or not self._accepted(r, mode)]
+                self._round(f"{mode}/{k}", mode, wanted, shots, _Live(self, advance, rows, k == 0))
+
+    def verdicts(self, row: Example) -> list[tuple[Draft, str]]:
+        """A row's drafts, each with its verdict."""
+        nats = self.reference_nats.get(row.id)
+        return [(d, checks.verdict(d, row, nats, self.recipe)) for d in self.of.get(row.id, [])]
+
+    def chosen(self, row: Example) -> tuple[Draft, str]:
+        """The acceptable draft that is likeliest under the original, else the first one made, with its verdict."""
+        judged = self.verdicts(row)
+        kept = [j for j in judged if j[1] == checks.KEPT]
+        return min(kept, key=lambda j: (j[0].nats is None, j[0].nats or 0.0)) if kept else judged[0]
+
+    def _accepted(self, row: Example, mode: str | None = None) -> bool:
+        return any(v == checks.KEPT and mode in (None, d.mode) for d, v in self.verdicts(row))
+
+    def _shots(self, spare: Sequence[Example]) -> list[Shot]:
+        """Worked rewrites from rows that are not trained on: what the original answers by itself, where acceptable."""
+        tried = list(spare[:SHOT_ROWS])
+        with track("shots", len(tried), "rows") as advance:
+            self._round("shots", "self", tried, [], lambda made: advance(len(made)))
+        found = [(row, self.chosen(row)[0].text) for row in tried if self._accepted(row)][:SHOTS]
+        if len(found) < 2:
+            raise BadRequest(
+                f"rewrite.mode {self.recipe.mode}: {len(found)} of {len(tried)} rows kept for calibration have an "
+                "acceptable answer of the original to show; use mode: reference or self, or loosen the gates"
+            )
+        return found
+
+    def _round(
+        self, name: str, mode: str, rows: Sequence[Example], shots: list[Shot], told: Callable[[list[Draft]], None]
+    ) -> None:
+        for number, members in enumerate(plan_batches(rows, self.recipe.batch_rows)):
+            batch = [rows[i] for i in members]
+            record = self._done.get((name, number))
+            if record is None:
+                record = self._generated(name, number, mode, batch, shots)
+                _append(self.log, record)
+            if [d["id"] for d in record["drafts"]] != [r.id for r in batch]:
+                raise HfsdError(f"{self.log}: batch {name} {number} is of other rows; make it again: --redo rewrite")
+            self.reference_nats |= record["references"]
+            drafts = [Draft(**d) for d in record["drafts"]]
+            for draft in drafts:
+                self.of.setdefault(draft.id, []).append(draft)
+            told(drafts)
+
+    def _generated(
+        self, name: str, number: int, mode: str, batch: Sequence[Example], shots: list[Shot]
+    ) -> dict[str, Any]:
+        engine = self._engine = self._engine or self._make()
+        asked = [Request(row.id, messages(row, self.recipe.task, mode, shots)) for row in batch]
+        made = engine.generate(asked, self._sampling, _seed(f"{self.key} {self.recipe.seed} {name}/{number}"))
+        new = [row for row in batch if row.id not in self.reference_nats]
+        pairs = [(chat.asked(row), c.text) for row, c in zip(batch, made, strict=True)]
+        nats = engine.nats([*pairs, *((chat.asked(row), row.reference) for row in new)])
+        known = dict(zip((row.id for row in new), nats[len(batch) :], strict=True))
+        drafts = [
+            Draft(c.id, c.text, c.n_tokens, c.finish, mode, n, round(self.similarity(c.text, row.reference), 4))
+            for c, row, n in zip(made, batch, nats, strict=False)
+        ]
+        return {"round": name, "batch": number, "drafts": [asdict(d) for d in drafts], "references": known}
+
+
+class _Live:
+    """Advances the progress line with the acceptance and the tokens per second so far."""
+
+    def __init__(self, drafts: Drafts, advance: Advance, rows: Sequence[Example], counts: bool) -> None:
+        self.drafts, self.advance, self.rows, self.counts = drafts, advance, {r.id: r for r in rows}, counts
+        self.start = time.perf_counter()
+        self.tokens = 0
+
+    def __call__(self, made: list[Draft]) -> None:
+        done = [self.rows[i] for i in self.drafts.of if i in self.rows]
+        accepted = sum(self.drafts._accepted(row) for row in done) / len(done)
+        self.tokens += sum(d.n_tokens for d in made)
+        rate = self.tokens / max(1e-9, time.perf_counter() - self.start)
+        self.advance(len(made) if self.counts else 0, note=f"{accepted:.0%} accepted, {rate:.0f} tokens/s")
+
+
+def messages(row: Example, task: str, mode: str, shots: Sequence[Shot] = ()) -> list[Message]:
+    """What the original is asked for a row.
+
+    `reference`: prompts.yaml's text with the row's prompt and reference in it. `few-shot`: the same behind worked
+    rewrites. `self`: the row's own turns, and nothing else.
+    """
+    if mode == "self":
+        return chat.asked(row)
+    texts = checks.prompts()[task]
+    history, system = list(row.history), texts["system"]
+    if history and history[0]["role"] == "system":
+        system = f"{history.pop(0)['content']}\n\n{system}"
+    worked: list[Message] = []
+    for example, text in shots if mode == "few-shot" else ():
+        worked += [_asked(texts["user"], example), {"role": "assistant", "content": text}]
+    return [{"role": "system", "content": system}, *worked, *history, _asked(texts["user"], row)]
+
+
+def plan_batches(rows: Sequence[Example], size: int) -> list[list[int]]:
+    """Row numbers per batch, rows of like length together so that little is padded; a function of the rows alone."""
+    order = sorted(range(len(rows)), key=lambda i: (len(rows[i].prompt) + 2 * len(rows[i].reference), rows[i].id))
+    return [order[i : i + size] for i in range(0, len(order), size)]
+
+
+def _asked(template: str, row: Example) -> Message:
+    filled = checks.fill(template, {"{prompt}": row.prompt, "{reference}": row.reference})
+    return {"role": "user", "content": filled}
+
+
+def _seed(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
+
+
+def _append(path: Path, record: dict[str, Any]) -> None:
+    """One line, on the disk before the next batch begins."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "ab") as handle:
+            handle.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+            handle.flush()
+            os.fsync(handle.fileno())
+    except OSError as error:
+        raise HfsdError(
+            f"cannot write {path}: {error.strerror}; free some space and run again, finished batches are kept"
+        ) from error
+
+
+def _finished(path: Path) -> dict[tuple[str, int], dict[str, Any]]:
+    """Batches that are whole in the log. A torn last line is cut off, so that the next starts on a line of its own."""
+    return {(r["round"], r["batch"]): r for r in _records(path)}
+
+
+def _records(path: Path) -> Iterator[dict[str, Any]]:
+    if not path.is_file():
+        return
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if len(whole) < len(data):
+        os.truncate(path, len(whole))
+    for number, line in enumerate(whole.decode("utf-8").split("\n")[:-1], 1):
+        try:
+            yield json.loads(line)
+        except ValueError:
+            raise HfsdError(f"{path}: line {number} is not JSON; make the batches again: --redo rewrite") from None
