@@ -1,4 +1,4 @@
-"""`python -m hfsd`, for launchers that start modules: `accelerate launch -m hfsd scan ...`."""
+"""`python -m hfsd`, for launchers that start modules: `torchrun -m hfsd scan ...`."""
 
 from hfsd.cli import main
 

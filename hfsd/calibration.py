@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from hfsd import chat
 from hfsd.data import Passage
 from hfsd.errors import BadRequest
+from hfsd.records import Message
 
 if TYPE_CHECKING:
     import torch
@@ -86,18 +87,38 @@ def _raw(tokenizer: PreTrainedTokenizerBase, text: str, max_length: int) -> list
     return [Tokens(head + w, [False] * len(head) + [True] * len(w)) for w in windows]
 
 
-def _conversation(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], max_length: int) -> Tokens:
+def _conversation(tokenizer: PreTrainedTokenizerBase, messages: list[Message], max_length: int) -> Tokens:
     """A conversation in the chat template; its text is what lies within the messages' contents."""
     whole = chat.transcript(tokenizer, messages)
-    spans, at = [], 0
-    for message in messages:
-        content = message["content"].strip()  # many templates strip it
-        begin = whole.find(content, at) if content else -1
-        if begin >= 0:
-            at = begin + len(content)
-            spans.append((begin, at))
+    spans = _spans(tokenizer, messages, whole)
     encoded = tokenizer(
-        whole, add_special_tokens=False, return_offsets_mapping=True, truncation=True, max_length=max_length
+        whole,
+        add_special_tokens=not tokenizer.chat_template,  # a template brings its own
+        return_offsets_mapping=True,
+        truncation=True,
+        max_length=max_length,
     )
     is_text = [a < b and any(a >= start and b <= stop for start, stop in spans) for a, b in encoded["offset_mapping"]]
     return Tokens(list(encoded["input_ids"]), is_text)
+
+
+def _spans(tokenizer: PreTrainedTokenizerBase, messages: list[Message], whole: str) -> list[tuple[int, int]]:
+    """Where the messages' contents lie in their transcript, in characters.
+
+    The template is written around marks first: what stands between them is its own, whatever the contents say.
+    """
+    marks = [f"\ue000{i}\ue001" for i in range(len(messages))]  # of a private area: in no text and in no template
+    marked = chat.transcript(tokenizer, [{**m, "content": mark} for m, mark in zip(messages, marks, strict=True)])
+    spans, at = [], 0
+    for message, mark in zip(messages, marks, strict=True):
+        before, found, marked = marked.partition(mark)
+        content = message["content"].strip()  # many templates strip it
+        if not found or not content:
+            continue
+        if whole.startswith(before, at):
+            at += len(before)
+        begin = whole.find(content, at)
+        if begin >= 0:
+            at = begin + len(content)
+            spans.append((begin, at))
+    return spans

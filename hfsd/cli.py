@@ -16,7 +16,6 @@ from hfsd.terminal import numbers, print_results, spoken
 
 if TYPE_CHECKING:
     from hfsd.recipe import Recipe
-    from hfsd.records import Scan
 
 app = typer.Typer(
     help="Prune decoder blocks out of a language model and bring its quality back by self-data distillation.",
@@ -91,10 +90,15 @@ def scan(
 ) -> None:
     """Score every range of blocks and choose the one to remove."""
     with spoken(debug, as_json) as say:
+        from hfsd import single
+
         given = {"rows": rows, "max_length": max_length, "widths": widths, "metric": metric}
         given |= {"tokens": tokens, "select": select, "search": search}
+        if not blocks and (select or search):
+            raise BadRequest("--select and --search choose what to remove: say how much with --blocks COUNT")
         _refuse_existing(out)
-        found = _scan(model, calibration, blocks, given, trust_remote_code, sets, out)
+        cut = {"blocks": blocks}
+        found = single.scan(_recipe(model, calibration, cut, given, trust_remote_code, sets), out)
         sentence = found.plan.sentence if found else f"scored every range; {out / 'scores.png'} shows them"
         print(sentence)
         say(scores=str(out / "scores.json"), kept=list(found.plan.kept) if found else None, sentence=sentence)
@@ -114,8 +118,10 @@ def prune(
     calibration: Annotated[
         str | None, typer.Option("--calibration", help="Text for the scan that --blocks needs.")
     ] = None,
-    check: Annotated[str, typer.Option("--check", help="Self-check: auto, structure or numeric.")] = "auto",
-    max_shard_size: Annotated[str, typer.Option("--max-shard-size", help="Largest file of the result.")] = "5GB",
+    check: Annotated[str | None, typer.Option("--check", help="Self-check: auto, structure or numeric (auto).")] = None,
+    max_shard_size: Annotated[
+        str | None, typer.Option("--max-shard-size", help="Largest file of the result (5GB).")
+    ] = None,
     trust_remote_code: RemoteCode = False,
     sets: Sets = None,
     as_json: Json = False,
@@ -124,27 +130,28 @@ def prune(
     """Write a checkpoint without some of its blocks, and check it against the original."""
     with spoken(debug, as_json) as say:
         from hfsd import single
-        from hfsd.recipe import Model, Prune
-        from hfsd.recipes import checked
 
         if [blocks, remove, keep].count(None) != 2:
             raise BadRequest("give one of --blocks COUNT, --remove START:STOP and --keep BLOCKS")
         asked = {"blocks": blocks, "remove": remove, "keep": keep, "check": check, "max_shard_size": max_shard_size}
-        cut = checked(Prune, asked, "arguments")
+        # A recipe names data; where no scan is asked for, none is read.
+        cut = {k: v for k, v in asked.items() if v is not None}
+        made = _recipe(model, calibration or "none.jsonl", cut, {}, trust_remote_code, sets)
         if blocks and calibration is None:
             raise BadRequest(
                 "--blocks chooses by a scan: give --calibration DATA, or name blocks with --remove or --keep"
             )
-        _refuse_existing(out)
-        found = _scan(model, str(calibration), blocks, {}, trust_remote_code, sets, None) if blocks else None
-        if processes.rank():  # all of a launcher's processes scan, the first one cuts
+        first = processes.rank() == 0
+        if first:
+            _refuse_existing(out)
+        found = single.scan(made) if blocks else None
+        if not first:  # all of a launcher's processes scan, the first one cuts
             return
-        source = Model(path=model, trust_remote_code=trust_remote_code)
-        made = single.prune(source, out, cut, found.plan if found else None)
-        print(made.plan.sentence)
-        for level in made.checks:
+        done = single.prune(made.model, out, made.prune, found.plan if found else None)
+        print(done.plan.sentence)
+        for level in done.checks:
             print(f"self-check {level.level}: {level.result}{f'. {level.detail}' if level.detail else ''}")
-        say(checkpoint=str(out), params=made.params, sentence=made.plan.sentence, seconds=made.seconds)
+        say(checkpoint=str(out), params=done.params, sentence=done.plan.sentence, seconds=done.seconds)
 
 
 @app.command()
@@ -292,24 +299,29 @@ def _refuse_existing(out: Path) -> None:
         raise BadRequest(f"{out} is there already; give another --out, or remove it first")
 
 
-def _scan(
+def _recipe(
     model: str,
     calibration: str,
-    blocks: int,
-    given: dict[str, Any],
+    cut: dict[str, Any],
+    scan: dict[str, Any],
     trust_remote_code: bool,
     sets: list[str] | None,
-    out: Path | None,
-) -> Scan | None:
-    from hfsd import recipes, single
+) -> Recipe:
+    """What a single stage is asked, checked as a recipe is; `--set` may add to the options, not contradict them."""
+    from hfsd import recipes
     from hfsd.progress import quiet
 
-    asked: dict[str, Any] = {"name": "scan", "data": calibration, "prune": {"blocks": blocks}}
+    given = {"prune": cut, "scan": scan, "model": {"path": model}}
+    options = {f"{block}.{name}" for block, fields in given.items() for name, value in fields.items() if value}
+    for item in sets or []:
+        if item.partition("=")[0] in options:
+            raise BadRequest(f"--set {item} contradicts an option of this command; give one of them")
+    asked: dict[str, Any] = {"name": "single", "data": calibration, "prune": cut}
     asked["model"] = {"path": model, "trust_remote_code": trust_remote_code}
-    asked["scan"] = {k: v for k, v in given.items() if v is not None}
+    asked["scan"] = {k: v for k, v in scan.items() if v is not None}
     made = recipes.validate(asked, "arguments", sets)
     quiet()
-    return single.scan(made, out)
+    return made
 
 
 def _run_stage(out: Path, asked: dict[str, Any], sets: list[str] | None, until: str) -> Path:

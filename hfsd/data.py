@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ class Splits:
 
 def is_file(source: str) -> bool:
     """Whether a data source names a local file rather than a generator or a Hub dataset."""
-    return Path(source).suffix in SUFFIXES
+    return Path(source).suffix in SUFFIXES or Path(source).expanduser().is_file()
 
 
 def is_hub(source: str) -> bool:
@@ -83,7 +84,7 @@ def passages(recipe: Data) -> list[Passage]:
             found = list(shapes.conversations(rows, recipe))
         else:
             found = [chat.conversation(e) for e in shapes.examples(rows, recipe)]
-    unique = {json.dumps(passage): passage for passage in found if passage}
+    unique = {json.dumps(p): p for p in found if (p.strip() if isinstance(p, str) else p)}
     if not unique:
         raise BadRequest(f"{recipe.source} has no usable text: {len(found)} rows, all empty")
     return [unique[k] for k in sorted(unique, key=lambda k: _rank(recipe.seed, "passage", k))]
@@ -156,11 +157,12 @@ def _read_file(source: str) -> list[dict[str, Any]]:
 
         return pyarrow.parquet.read_table(path).to_pylist()
     try:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix == ".txt":
-            return [{"text": text}]
+        text = path.read_bytes().decode("utf-8-sig")  # line ends inside a CSV field stay as they are
         if path.suffix == ".csv":
-            return list(csv.DictReader(text.splitlines(keepends=True)))
+            csv.field_size_limit(len(text) + 1)  # the library's own limit is 128 KB
+            return list(csv.DictReader(io.StringIO(text, newline="")))
+        if path.suffix not in (".json", ".jsonl"):
+            return [{"text": text}]
         rows = json.loads(text) if path.suffix == ".json" else _json_lines(text, source)
     except UnicodeDecodeError as error:
         raise BadRequest(f"data.source: {source} is not UTF-8 text (byte {error.start})") from None

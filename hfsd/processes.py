@@ -13,17 +13,17 @@ R = TypeVar("R")
 
 def count() -> int:
     """Processes that work together; 1 where no launcher says otherwise."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return _stated(("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"), 1)
 
 
 def rank() -> int:
     """This process's number, from 0. Process 0 writes and prints."""
-    return int(os.environ.get("RANK", "0"))
+    return _stated(("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"), 0)
 
 
 def local_rank() -> int:
     """This process's number on its machine, which is the number of its accelerator."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    return _stated(("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK"), 0)
 
 
 def spread(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
@@ -42,6 +42,11 @@ def spread(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
     while round_ := list(islice(left, count())):
         mine = [work(item) for item in round_[rank() : rank() + 1]]
         yield from gather_object(mine)
+
+
+def _stated(names: tuple[str, ...], otherwise: int) -> int:
+    """By torchrun or one of the MPI launchers that accelerate knows."""
+    return next((int(os.environ[name]) for name in names if name in os.environ), otherwise)
 
 
 def _connect() -> None:

@@ -17,11 +17,10 @@ from hfsd.rundir import link_or_copy, new_folder, write_atomic
 
 PROVENANCE = "hfsd.json"
 SHARD_BYTES = 5 * 10**9
-# Weights and their index are written anew, and the source's card is not the cut's; all else travels as it is:
-# generation config, chat template, tokenizer.
-LEFT_BEHIND = re.compile(
-    r"(\.safetensors|\.bin|\.pt|\.pth|\.gguf|\.index\.json|README\.md|^config\.json|^hfsd\.json|\.DS_Store)$"
-)
+# What travels as it is: generation config, chat template, tokenizer, code. Weights of any format would be the uncut
+# model's; config and hfsd.json are written anew, and the source's card is not the cut's.
+TRAVELS = re.compile(r"\.(json|txt|model|jinja|py|tiktoken)$")
+WRITTEN_ANEW = re.compile(r"\.index\.json$|^config\.json$|^hfsd\.json$")
 
 
 def run(
@@ -49,7 +48,7 @@ def run(
     if check not in ("auto", "structure", "numeric"):
         raise BadRequest(f"check: {check!r} is none of auto, structure, numeric")
     models.check_folder(source)
-    config = models.config_dict(source)
+    config = surgery.described(source, trust_remote_code) if plan.removed else models.config_dict(source)
     if plan.n_layers != models.depth(source):
         raise BadRequest(f"the plan is for {plan.n_layers} blocks, and {source} has {models.depth(source)}")
     surgery.refuse_unsound(config, plan.kept, plan.n_layers)
@@ -63,7 +62,7 @@ def run(
     with new_folder(out) as target:
         with _timed(seconds, "copy"):
             for path in sorted(source.iterdir()):
-                if path.is_file() and not LEFT_BEHIND.search(path.name):
+                if path.is_file() and TRAVELS.search(path.name) and not WRITTEN_ANEW.search(path.name):
                     shutil.copy2(path, target / path.name)
             write_atomic(target / "config.json", json.dumps(new_config, indent=2, sort_keys=True) + "\n")
             write_atomic(target / PROVENANCE, dumps(_provenance(source, ref, plan)))
@@ -83,7 +82,7 @@ def adopt(source: Path, cut: Path, out: Path, check: str = "auto", trust_remote_
         raise BadRequest(
             f"prune.from: {cut} has no {PROVENANCE}, so which blocks it keeps is unknown; cut it with `hfsd prune`"
         )
-    made = load(Provenance, cut / PROVENANCE)
+    made = _history(cut)
     why = "; ".join(c.why for c in made.cuts)
     plan = PrunePlan(made.n_layers, made.kept, why, made.cuts[-1].scores if made.cuts else {})
     if plan.n_layers != models.depth(source):
@@ -142,10 +141,17 @@ def _provenance(source: Path, ref: ModelRef, plan: PrunePlan) -> Provenance:
     if not (source / PROVENANCE).is_file():
         before = Provenance(ref, plan.n_layers, tuple(range(plan.n_layers)), [])
     else:
-        before = load(Provenance, source / PROVENANCE)
+        before = _history(source)
     removed = tuple(before.kept[i] for i in plan.removed)
     cuts = [*before.cuts, Cut(removed, plan.why, plan.scores)] if removed else before.cuts
     return Provenance(before.original, before.n_layers, tuple(before.kept[i] for i in plan.kept), cuts)
+
+
+def _history(folder: Path) -> Provenance:
+    try:
+        return load(Provenance, folder / PROVENANCE)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise BadRequest(f"{folder / PROVENANCE} is damaged ({error}); restore it, or cut the original again") from None
 
 
 def _check_space(out: Path, needed: int) -> None:

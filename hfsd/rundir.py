@@ -22,6 +22,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from hfsd.errors import HfsdError, Refusal
 from hfsd.records import SCHEMA, dumps
 
@@ -78,7 +80,7 @@ class Stage:
         outputs = {}
         for path in sorted(p for p in self.path.rglob("*") if p.is_file() and p.name not in (START, DONE)):
             name = path.relative_to(self.path).as_posix()
-            if path.name.startswith(".") or path.suffix == ".tmp" or name.startswith("work/"):
+            if any(part.startswith(".") for part in Path(name).parts) or name.startswith("work/"):
                 continue  # what resuming needed and the result does not
             stat = path.stat()
             outputs[name] = {"sha256": sha256(path), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
@@ -191,7 +193,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     absent = [p for p in temporary.parents if not p.exists()]  # innermost first
-    shutil.rmtree(temporary, ignore_errors=True)
+    _sweep(path)
     try:
         temporary.mkdir(parents=True)
         yield temporary
@@ -205,6 +207,14 @@ def new_folder(path: Path) -> Iterator[Path]:
             for parent in absent:
                 with suppress(OSError):  # not made, or somebody else's by now
                     parent.rmdir()
+
+
+def _sweep(path: Path) -> None:
+    """Removes what processes that were killed left of this folder."""
+    for left in path.parent.glob(f".{path.name}.*.tmp"):
+        owner = left.name.split(".")[-2]
+        if owner == str(os.getpid()) or not psutil.pid_exists(int(owner)):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def link_or_copy(source: Path, target: Path) -> None:

@@ -6,6 +6,7 @@ greedy removal by loss, SLEB, arXiv 2402.09025.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -53,26 +54,26 @@ def run(
     n_layers = len(models.decoder_blocks(model)[1])
     if not 0 < blocks < n_layers:
         raise BadRequest(f"prune.blocks is {blocks}; this model has {n_layers} blocks, so 1 to {n_layers - 1} can go")
+    config = model.config.to_dict()
+    _check_widths(recipe, n_layers)
+    ranges = _sound_ranges(config, n_layers, blocks) if recipe.search == "contiguous" else []
     held_out, scored = _sequences(tokenizer, passages, recipe)
     scores = score(model, _batches(tokenizer, scored, recipe, model), len(scored), recipe.metric)
-    config = model.config.to_dict()
     with Verifier(model, list(_batches(tokenizer, held_out, recipe, model))) as verifier:
         if recipe.search == "greedy":
             original_loss, candidates = _greedy(verifier, config, n_layers, blocks)
             removed, why = candidates[-1].removed, f"greedy search by held-out loss, {blocks} blocks one at a time"
         elif recipe.select == "lowest":
             original_loss, candidates = verifier.losses()[0], []
-            ranges = _sound_ranges(config, n_layers, blocks)
             removed = min(ranges, key=lambda r: scores[recipe.tokens].values[blocks][r[0]])
             why = f"lowest {recipe.metric} distance over {recipe.tokens} tokens"
         else:
-            ranges = _sound_ranges(config, n_layers, blocks)
             few = _batches(tokenizer, held_out[: recipe.screen_rows], recipe, model)
             screened = verifier.losses(ranges, on=list(few))[1] if recipe.screen_rows else None
             proposals = _proposals(scores, screened, ranges, recipe.candidates)
             original_loss, losses = verifier.losses(list(proposals))
             found = zip(proposals.items(), losses, strict=True)
-            candidates = [Candidate(cut, loss, by) for (cut, by), loss in found]
+            candidates = [Candidate(cut, loss, by) for (cut, by), loss in found if math.isfinite(loss)]
             best = min(candidates, key=lambda c: (c.loss, c.removed))
             removed = best.removed
             why = f"least held-out loss of {len(candidates)} candidates (proposed by {best.proposed_by})"
@@ -85,6 +86,7 @@ def scores_only(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, passages: Sequence[Passage], recipe: ScanRecipe
 ) -> dict[str, BlockScores]:
     """The scores of every range, under both token choices, and no choice of a cut: all sequences are scored."""
+    _check_widths(recipe, len(models.decoder_blocks(model)[1]))
     chosen = calibration.sequences(tokenizer, passages, recipe.rows, recipe.max_length)
     found = score(model, _batches(tokenizer, chosen, recipe, model), len(chosen), recipe.metric)
     return _reported(found, recipe)
@@ -227,13 +229,15 @@ def _reported(scores: dict[str, BlockScores], recipe: ScanRecipe) -> dict[str, B
     if recipe.widths is None:
         return scores
     wanted = range(*as_range(recipe.widths))
-    some = next(iter(scores.values()))
-    if not set(wanted) <= set(some.values):
-        raise BadRequest(f"scan.widths is {recipe.widths}; this model has ranges of width 1 to {max(some.values)}")
     return {
         choice: BlockScores(s.metric, s.tokens, s.samples, s.n_tokens, {w: s.values[w] for w in wanted})
         for choice, s in scores.items()
     }
+
+
+def _check_widths(recipe: ScanRecipe, n_layers: int) -> None:
+    if recipe.widths is not None and not set(range(*as_range(recipe.widths))) <= set(range(1, n_layers)):
+        raise BadRequest(f"scan.widths is {recipe.widths}; this model has ranges of width 1 to {n_layers - 1}")
 
 
 def _sound_ranges(config: dict[str, Any], n_layers: int, width: int) -> list[Blocks]:

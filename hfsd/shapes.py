@@ -140,6 +140,13 @@ def _turns(value: Any) -> list[Message]:
     if not isinstance(value, list | tuple):
         return []
     try:
-        return [{"role": str(m["role"]), "content": str(m["content"] or "")} for m in value]
+        return [{"role": str(m["role"]), "content": _text(m["content"])} for m in value]
     except (TypeError, KeyError):
         return []
+
+
+def _text(content: Any) -> str:
+    """A message's text; of a list of parts, that of its text parts."""
+    if isinstance(content, list | tuple):
+        return "".join(str(part.get("text") or "") for part in content if part.get("type", "text") == "text")
+    return str(content or "")

@@ -1,7 +1,7 @@
 """Safetensors checkpoints as bytes: where each tensor lies, and new shards copied from old ones.
 
-No tensor passes through torch or through this process's memory: headers are rewritten, bytes move with
-`copy_file_range`. Format: https://github.com/huggingface/safetensors#format
+No tensor passes through torch: headers are rewritten, bytes are copied by the kernel or, where they would not keep
+their place within a page, through a buffer of 1 MB. Format: https://github.com/huggingface/safetensors#format
 """
 
 from __future__ import annotations

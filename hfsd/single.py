@@ -10,6 +10,7 @@ from hfsd import scan as scanning
 from hfsd.errors import BadRequest
 from hfsd.recipe import Model, Prune, Recipe
 from hfsd.records import Checkpoint, PrunePlan, Scan
+from hfsd.rundir import new_folder
 
 
 def scan(recipe: Recipe, out: Path | None = None) -> Scan | None:
@@ -33,7 +34,8 @@ def scan(recipe: Recipe, out: Path | None = None) -> Scan | None:
         found = scanning.run(loaded, tokenizer, passages, recipe.scan, recipe.prune.blocks, source.ref)
     scores = found.scores if found else scanning.scores_only(loaded, tokenizer, passages, recipe.scan)
     if out is not None and processes.rank() == 0:
-        scanning.write(scores, recipe.scan.tokens, out, found)
+        with new_folder(out) as target:
+            scanning.write(scores, recipe.scan.tokens, target, found)
     return found
 
 

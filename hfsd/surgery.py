@@ -8,8 +8,10 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hfsd import models
 from hfsd.errors import BadRequest, Refusal
 from hfsd.models import DEPTH_FIELDS, decoder_blocks, outermost, text_config
 from hfsd.recipe import Prune
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 # Architectures that the tests cut at every place with both levels of the self-check (tests/architectures.py): for
 # these alone the numeric level may be left out.
 TESTED = frozenset(
-    "cohere2 deepseek_v3 falcon gemma2 gemma3_text gpt2 gpt_neox gpt_oss granite granitemoehybrid lfm2 llama "
+    "cohere2 deepseek_v3 falcon gemma2 gemma3 gemma3_text gpt2 gpt_neox gpt_oss granite granitemoehybrid lfm2 llama "
     "llama4_text mistral mixtral olmo2 olmo3 opt phi3 qwen2 qwen3 qwen3_moe qwen3_next smollm3 stablelm".split()
 )
 # Lists of block indices (not one entry per block): re-mapped to the new numbers.
@@ -47,8 +49,10 @@ CADENCES = {
 # Flags under which a block computes with its own index.
 BY_INDEX = ("scale_attn_by_inverse_layer_idx",)
 OTHER_TOWER = re.compile(r"vision|visual|audio|speech|image")
-BLOCK_NAME = re.compile(r"(?<![A-Za-z0-9_])(layers|h|blocks|block)\.(\d+)(?=\.|$)")
-LAYER_PATTERN = re.compile(r"(?:layers|h|blocks|block)\\?\.(?![0-9]+(?:\\?\.|$))[\\\[(*]")
+# A block's number in a module name, plain or escaped for a regular expression.
+BLOCK_NAME = re.compile(r"(?<![A-Za-z0-9_])((?:layers|h|blocks|block)\\?\.)(\d+)(?=\\?\.|\$?$)")
+PATTERN = re.compile(r"[*\[(|?]|^re:")  # a glob or a regular expression
+PATHS = ("_name_or_path", "transformers_version", "auto_map")  # strings that name no module
 
 
 def plan_removing(n_layers: int, start: int, stop: int, why: str) -> PrunePlan:
@@ -82,6 +86,27 @@ def plan_by_hand(n_layers: int, asked: Prune) -> PrunePlan:
     return plan_keeping(n_layers, asked.kept or range(n_layers), why="given by hand" if asked.kept else "a copy")
 
 
+def described(folder: Path, trust_remote_code: bool = False) -> dict[str, Any]:
+    """config.json with the per-block lists that its class derives where the file leaves them out.
+
+    Many files do: they say "every 6th layer", or nothing, and the class fills in `layer_types`. A cut has to slice the
+    lists; the class would derive them anew, for other blocks than they were.
+    """
+    from transformers import AutoConfig
+
+    config, n_layers = models.config_dict(folder), models.depth(folder)
+    with models.spoken(folder):
+        made = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code).to_dict()
+    text = text_config(config)
+    for name, value in text_config(made).items():
+        if not isinstance(value, list) or not value or name in NOT_PER_BLOCK:
+            continue
+        stated = text.get(name)
+        if (len(value) == n_layers or name in INDEX_LISTS) and not (isinstance(stated, list) and stated):
+            text[name] = value
+    return config
+
+
 def refuse_unsound(config: dict[str, Any], kept: Sequence[int], n_layers: int) -> None:
     """Refuses what cannot be cut soundly, by name and reason.
 
@@ -101,7 +126,7 @@ def refuse_unsound(config: dict[str, Any], kept: Sequence[int], n_layers: int) -
     shifts = {old - new for new, old in enumerate(kept)}
     for name, instead in CADENCES.items():
         step = text.get(name)
-        if instead is not None and isinstance(text.get(instead), list):
+        if instead is not None and text.get(instead):
             continue
         if isinstance(step, int) and step > 1 and any(shift % step for shift in shifts):
             raise Refusal(
@@ -119,6 +144,8 @@ def cut_config(config: dict[str, Any], kept: Sequence[int], n_layers: int) -> di
         Refusal: a string names blocks by a pattern that cannot be mapped.
     """
     config = copy.deepcopy(config)
+    if len(kept) == n_layers:
+        return config
     renumber = {old: new for new, old in enumerate(kept)}
     text = text_config(config)
     for name in DEPTH_FIELDS:
@@ -131,7 +158,7 @@ def cut_config(config: dict[str, Any], kept: Sequence[int], n_layers: int) -> di
             text[name] = [value[i] for i in kept]
         elif name in LEADING_COUNTS and isinstance(value, int):
             text[name] = sum(1 for i in kept if i < value)
-        elif name == EXTRA_BLOCKS and len(kept) < n_layers:
+        elif name == EXTRA_BLOCKS:
             text[name] = 0
     return _renamed(config, renumber)
 
@@ -197,20 +224,31 @@ def view(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
 
 
 def _renamed(value: Any, renumber: dict[int, int]) -> Any:
-    """Block indices inside strings (`quantization_config.modules_to_not_convert`, `ignore`) follow the cut."""
+    """Block numbers in module names (`modules_to_not_convert`, `ignore`, keys of per-module settings) follow the cut.
+
+    Returns:
+        The value; None for a string that names a removed block.
+    """
     if isinstance(value, dict):
-        return {k: _renamed(v, renumber) for k, v in value.items()}
+        renamed = {_new_name(k, renumber): v if k in PATHS else _renamed(v, renumber) for k, v in value.items()}
+        gone = {_new_name(k, renumber) for k, v in value.items() if isinstance(v, str)}
+        return {k: v for k, v in renamed.items() if k is not None and not (v is None and k in gone)}
     if isinstance(value, list):
         mapped = [_renamed(v, renumber) for v in value]
         return [new for new, old in zip(mapped, value, strict=True) if not (isinstance(old, str) and new is None)]
-    if not isinstance(value, str):
+    return _new_name(value, renumber)
+
+
+def _new_name(value: Any, renumber: dict[int, int]) -> Any:
+    if not isinstance(value, str) or OTHER_TOWER.search(value):
         return value
-    if LAYER_PATTERN.search(value):
+    found = BLOCK_NAME.search(value)
+    rest = value if not found else value[: found.start()] + value[found.end() :]
+    if PATTERN.search(value) and re.search(r"\d", rest):
         raise Refusal(
             f"the config names blocks by the pattern {value!r}, which cannot be renumbered; list them one by one"
         )
-    found = BLOCK_NAME.search(value)
     if not found:
         return value
     old = int(found[2])
-    return BLOCK_NAME.sub(f"{found[1]}.{renumber[old]}", value, count=1) if old in renumber else None
+    return value[: found.start(2)] + str(renumber[old]) + value[found.end(2) :] if old in renumber else None

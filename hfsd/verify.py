@@ -6,11 +6,13 @@ blocks, and each candidate's pass starts from its own.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hfsd import models, processes
 from hfsd.calibration import Batch
+from hfsd.errors import BadRequest, HfsdError
 from hfsd.progress import track
 
 if TYPE_CHECKING:
@@ -61,7 +63,11 @@ class Verifier:
             on: other batches than the held-out ones, such as a part of them.
 
         Returns:
-            The loss without `base`, and the loss of each cut.
+            The loss without `base`, and the loss of each cut; infinite where it is no number.
+
+        Raises:
+            BadRequest: there is no text token to predict.
+            HfsdError: the loss without `base`, or that of every cut, is no finite number.
         """
         batches = self.held_out if on is None else on
         sums, count = [0.0] * (len(cuts) + 1), 0
@@ -70,7 +76,14 @@ class Verifier:
                 sums = [total + more for total, more in zip(sums, nats, strict=True)]
                 count += tokens
                 advance()
+        if not count:
+            raise BadRequest("scan: no text token to predict in the held-out sequences; raise scan.max_length")
         without, *each = (total / count for total in sums)
+        if not math.isfinite(without):
+            raise HfsdError("scan: the loss is NaN or infinite; try model.dtype: float32 or check the checkpoint")
+        each = [loss if math.isfinite(loss) else math.inf for loss in each]  # such a cut is never chosen
+        if each and min(each) == math.inf:
+            raise HfsdError("scan: without the blocks of any candidate the loss is NaN or infinite; nothing can be cut")
         return without, each
 
     def _batch(self, batch: Batch, cuts: Sequence[Blocks], base: Blocks) -> tuple[list[float], int]:

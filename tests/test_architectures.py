@@ -60,7 +60,7 @@ def test_the_tested_architectures_are_those_of_the_table(tmp_path: Path) -> None
     kinds = set()
     for row in TABLE:
         config = getattr(transformers, f"{row.kind}Config")
-        kinds.add(config.sub_configs["text_config"].model_type if "text_config" in row.config else config.model_type)
+        kinds.add(config.model_type)
     assert kinds == surgery.TESTED
 
 
@@ -82,6 +82,67 @@ def test_blocks_that_compute_with_their_index_fail_the_numeric_check(
     with pytest.raises(HfsdError, match=reason):
         _cut(source, tmp_path / "cut", 1, 3)
     assert not (tmp_path / "cut").exists()
+
+
+DERIVED = ("layer_types", "no_rope_layers", "moe_layers", "mlp_only_layers")  # lists that a class fills in by itself
+RULES = ("sliding_window_pattern", "full_attention_interval", "no_rope_layer_interval")
+STATED_BY_RULE = (
+    Architecture("Gemma2", "Gemma2", {"head_dim": 8, "sliding_window": 4096}),
+    Architecture("Gemma3", "Gemma3Text", {"head_dim": 8, "sliding_window": 4096}),
+    Architecture("Cohere2", "Cohere2", {"head_dim": 8, "sliding_window": 4096, "sliding_window_pattern": 3}),
+    Architecture("SmolLM3", "SmolLM3", {"no_rope_layer_interval": 3}),
+    Architecture("OLMo3", "Olmo3", {"sliding_window": 4096}),
+    Architecture("gpt-oss", "GptOss", {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    Architecture("Qwen2", "Qwen2", {"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 3}),
+    Architecture(
+        "Qwen3-Next",
+        "Qwen3Next",
+        next(r.config for r in TABLE if r.kind == "Qwen3Next") | {"layer_types": None, "full_attention_interval": 3},
+    ),
+    Architecture("Llama4", "Llama4Text", next(r.config for r in TABLE if r.kind == "Llama4Text")),
+)
+
+
+@pytest.mark.parametrize("row", STATED_BY_RULE, ids=lambda row: row.label)
+def test_patterns_that_the_config_leaves_to_its_class_are_cut_block_by_block(row: Architecture, tmp_path: Path) -> None:
+    """As many files on the Hub are: no list, only a rule, and windows longer than any short prompt."""
+    source = architectures.build(row, tmp_path / "model")
+    stated = json.loads((source / "config.json").read_text())
+    left_out = {k: v for k, v in stated.items() if k not in DERIVED}
+    left_out |= {k: v for k, v in row.config.items() if k in RULES}  # which save_pretrained drops
+    if row.kind == "Llama4Text":
+        left_out["no_rope_layers"] = []
+    (source / "config.json").write_text(json.dumps(left_out))
+    lists = [k for k in DERIVED if isinstance(stated.get(k), list) and len(stated[k]) == N_LAYERS]
+    assert lists
+    for place, (start, stop) in CUTS.items():
+        made = _cut(source, tmp_path / place, start, stop)
+        assert [c.result for c in made.checks] == ["passed", "passed"]
+        cut = json.loads((tmp_path / place / "config.json").read_text())
+        for name in lists:
+            assert cut[name] == [stated[name][i] for i in made.plan.kept]
+
+
+@pytest.mark.parametrize(
+    "row", [r for r in STATED_BY_RULE if r.kind in ("Gemma2", "Gemma3Text")], ids=lambda r: r.label
+)
+def test_the_numeric_check_sees_a_window_that_moved(
+    row: Architecture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = architectures.build(row, tmp_path / "model")
+    config = {k: v for k, v in json.loads((source / "config.json").read_text()).items() if k not in DERIVED}
+    (source / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(surgery, "described", lambda *_: config)  # as if the lists were not written out
+    with pytest.raises(HfsdError, match="logits of the cut .* are off by"):
+        _cut(source, tmp_path / "cut", 0, 1)
+
+
+def test_a_tested_name_with_code_of_its_own_is_not_a_tested_architecture(tmp_path: Path) -> None:
+    source = architectures.with_code_of_its_own(tmp_path / "wave", by_index=True)
+    config = json.loads((source / "config.json").read_text()) | {"model_type": "llama"}
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(HfsdError, match="logits of the cut llama are off by"):
+        _cut(source, tmp_path / "cut", 1, 3, "structure", remote=True)
 
 
 def test_a_cadence_in_the_config_is_refused_where_a_cut_would_shift_it(tmp_path: Path) -> None:

@@ -65,9 +65,9 @@ def test_every_command_is_there() -> None:
         (["space", "nowhere"], "hfsd: nowhere holds no staged Space"),
         (["push", "nowhere", "--to", "me"], "hfsd: nowhere holds no finished report"),
         (["prune", "nowhere.gguf", "--remove", "1:2", "--out", "x"], "hfsd: model.path: no file nowhere.gguf"),
-        (["prune", "m", "--remove", "2:1", "--out", "x"], "hfsd: arguments: remove: '2:1' is no range"),
+        (["prune", "m", "--remove", "2:1", "--out", "x"], "hfsd: arguments: prune.remove: '2:1' is no range"),
         (["prune", "m", "--blocks", "2", "--out", "x"], "hfsd: --blocks chooses by a scan: give --calibration"),
-        (["prune", "m", "--keep", "3,1", "--out", "x"], "hfsd: arguments: keep: '3,1' is no list of blocks"),
+        (["prune", "m", "--keep", "3,1", "--out", "x"], "hfsd: arguments: prune.keep: '3,1' is no list of blocks"),
         (["prune", "m", "--out", "x"], "hfsd: give one of --blocks COUNT, --remove START:STOP and --keep BLOCKS"),
         (
             ["scan", "m", "--calibration", "t.txt", "--widths", "3", "--out", "x"],
@@ -76,6 +76,18 @@ def test_every_command_is_there() -> None:
         (
             ["scan", "m", "--calibration", "t.txt", "--metric", "l2", "--out", "x"],
             "hfsd: arguments: scan.metric: input",
+        ),
+        (
+            ["prune", "m", "--remove", "1:2", "--set", "prune.remove=2:3", "--out", "x"],
+            "hfsd: --set prune.remove=2:3 con",
+        ),
+        (
+            ["prune", "m", "--remove", "1:2", "--set", "nonsense.x=3", "--out", "x"],
+            "hfsd: arguments: nonsense: unknown",
+        ),
+        (
+            ["scan", "m", "--calibration", "t.txt", "--search", "greedy", "--out", "x"],
+            "hfsd: --select and --search choo",
         ),
         (["init", "nowhere.gguf", "gym:gsm_symbolic"], "hfsd: model.path: no file nowhere.gguf"),
     ],

@@ -240,6 +240,28 @@ def test_damaged_sources_give_one_line_and_nothing(tmp_path: Path, damage, messa
     assert not (tmp_path / "out").exists()
 
 
+def test_what_belongs_to_the_uncut_model_stays_behind(model_folder: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(model_folder, tmp_path / "source"))
+    for name in ("tf_model.h5", "model.onnx", "pytorch_model.bin", "README.md", "custom_code.py", "vocab.txt"):
+        (source / name).write_text("x")
+    _cut(source, 1, 2, tmp_path / "cut", "structure")
+    assert {"custom_code.py", "vocab.txt", "tokenizer.json"} <= {p.name for p in (tmp_path / "cut").iterdir()}
+    assert not {p.name for p in (tmp_path / "cut").iterdir()} & {
+        "tf_model.h5",
+        "model.onnx",
+        "pytorch_model.bin",
+        "README.md",
+    }
+
+
+def test_a_damaged_history_is_told(model_folder: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(model_folder, tmp_path / "source"))
+    for damaged in ("{", "[]", '{"kept": 3}'):
+        (source / "hfsd.json").write_text(damaged)
+        with pytest.raises(BadRequest, match="hfsd.json is damaged"):
+            _cut(source, 1, 2, tmp_path / "cut", "structure")
+
+
 def test_a_full_disk_is_told_before_the_start(
     model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

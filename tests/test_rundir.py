@@ -108,3 +108,19 @@ def test_the_lock_is_refused_while_held_and_taken_over_from_the_dead(tmp_path: P
         holder.wait()
     with rundir.lock(tmp_path):  # the file still names the dead process
         assert (tmp_path / ".lock").read_text() == f"{os.getpid()}\n"
+
+
+def test_what_a_killed_process_left_is_swept_and_never_recorded(tmp_path: Path) -> None:
+    import subprocess
+    import sys
+
+    dead = subprocess.Popen([sys.executable, "-c", "pass"])
+    dead.wait()
+    left, alive = tmp_path / f".cut.{dead.pid}.tmp", tmp_path / ".cut.1.tmp"
+    for folder in (left, alive):
+        folder.mkdir()
+        (folder / "model.safetensors").write_text("half")
+    with rundir.new_folder(tmp_path / "cut") as target:
+        (target / "whole").write_text("x")
+    assert not left.exists() and alive.exists()  # process 1 is there: it may be somebody's at work
+    assert (tmp_path / "cut" / "whole").is_file()

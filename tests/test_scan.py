@@ -105,6 +105,32 @@ def test_only_what_the_author_wrote_counts(loaded) -> None:
     assert tokenizer.decode(ids) == chat.transcript(tokenizer, messages)
 
 
+@pytest.mark.parametrize(
+    "said", [("user", "assistant"), ("a", "im_start"), ("<|im_end|>", "user"), ("x\nuser\nx", "x"), (" ", "so")]
+)
+def test_words_of_the_template_are_not_taken_for_text(loaded, said: tuple[str, str]) -> None:
+    _, tokenizer = loaded
+    messages = [{"role": r, "content": c} for r, c in zip(("user", "assistant"), said, strict=True)]
+    whole = chat.transcript(tokenizer, messages)
+    spans = calibration._spans(tokenizer, messages, whole)
+    asked, answered = (c.strip() for c in said)
+    at = whole.index("user\n") + len("user\n")
+    back = whole.rindex("<|im_start|>assistant\n") + len("<|im_start|>assistant\n")
+    expected = [(at, at + len(asked))] if asked else []
+    assert spans == [*expected, (back, back + len(answered))]
+
+
+def test_blank_text_is_no_text_and_parts_of_a_message_are_joined(tmp_path: Path) -> None:
+    (tmp_path / "blank.txt").write_text(" \n\t\n")
+    with pytest.raises(BadRequest, match="has no usable text"):
+        data.passages(Data(source=str(tmp_path / "blank.txt")))
+    parts = [{"type": "text", "text": "Hello"}, {"type": "image"}, {"type": "text", "text": " there"}]
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": parts}]}))
+    assert data.passages(Data(source=str(tmp_path / "chat.jsonl"))) == [[{"role": "user", "content": "Hello there"}]]
+    (tmp_path / "notes.md").write_text("# A title")
+    assert data.passages(Data(source=str(tmp_path / "notes.md"))) == ["# A title"]
+
+
 def test_a_raw_text_is_cut_into_windows_without_a_template(loaded) -> None:
     _, tokenizer = loaded
     found = calibration.sequences(tokenizer, ["abcdefghij", "", "xyz"], 9, 4)
@@ -254,6 +280,33 @@ def test_a_model_spread_over_devices_scores_the_same(loaded, model_folder: Path,
     spread = dispatch_model(model, places, main_device="cpu", offload_dir=str(tmp_path))
     here, there = _run(loaded), _run((spread, tokenizer))
     assert there.scores == here.scores and there.candidates == here.candidates and there.plan == here.plan
+
+
+def test_a_loss_that_is_no_number_is_never_chosen(model_folder: Path, loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from hfsd.verify import Verifier
+
+    real = Verifier._nats
+    first = min(_run(loaded).candidates, key=lambda c: c.removed)
+
+    def poisoned(self, batch):
+        return float("nan") if self._removed and first.removed[-1] + 1 not in self._removed else real(self, batch)
+
+    monkeypatch.setattr(Verifier, "_nats", poisoned)
+    found = _run(loaded)
+    assert first.removed != found.plan.removed and first.removed not in [c.removed for c in found.candidates]
+    monkeypatch.setattr(Verifier, "_nats", lambda self, batch: float("nan") if self._removed else real(self, batch))
+    with pytest.raises(HfsdError, match="without the blocks of any candidate the loss is NaN or infinite"):
+        _run(loaded)
+    monkeypatch.setattr(Verifier, "_nats", real)
+    model = models.load(tiny.llama(model_folder.parent / "untied", tied=False))
+    with torch.no_grad():
+        model.lm_head.weight[0] = float("nan")
+    with pytest.raises(HfsdError, match="the loss is NaN or infinite; try model.dtype"):
+        _run((model, loaded[1]))
+    with pytest.raises(BadRequest, match="no text token to predict in the held-out sequences"):
+        _run(loaded, ["abc def ghi"], max_length=1)
 
 
 def test_bad_input(model_folder: Path, loaded) -> None:

@@ -58,10 +58,49 @@ def test_what_cannot_be_cut_soundly_is_refused_by_name(config: dict, reason: str
         surgery.refuse_unsound(config, (0, 1, 4, 5, 6, 7), 8)
 
 
-def test_a_pattern_over_blocks_is_refused() -> None:
-    config = {"num_hidden_layers": 4, "quantization_config": {"ignore": [r"re:model\.layers\.[0-2]\.mlp"]}}
+@pytest.mark.parametrize(
+    "name",
+    [
+        r"re:model\.layers\.[0-2]\.mlp",
+        r"re:.*\.(3|4)\.mlp.*",
+        "transformer.h.3*",
+        "model.layers.1*.mlp",
+    ],
+)
+def test_a_pattern_over_blocks_is_refused(name: str) -> None:
+    config = {"num_hidden_layers": 4, "quantization_config": {"ignore": [name]}}
     with pytest.raises(Refusal, match="cannot be renumbered"):
         surgery.cut_config(config, (0, 1), 4)
+    assert surgery.cut_config(config, range(4), 4) == config  # a copy renumbers nothing
+
+
+def test_names_of_blocks_follow_the_cut_wherever_they_stand() -> None:
+    config = {
+        "num_hidden_layers": 6,
+        "_name_or_path": "/models/layers.5",
+        "quantization_config": {
+            "ignore": [
+                r"re:^model\.layers\.3\.mlp.*",
+                "re:.*lm_head",
+                r"re:model\.layers\.\d+\.mlp",
+                "vision_tower.layers.5.fc1",
+                "model.layers.1.mlp",
+            ],
+            "extra_config": {"model.layers.2.mlp": {"bits": 8}, "model.layers.5.mlp": {"bits": 4}},
+            "only": "model.layers.2.mlp",
+        },
+    }
+    cut = surgery.cut_config(config, (0, 3, 4, 5), 6)
+    assert cut["_name_or_path"] == "/models/layers.5"
+    assert cut["quantization_config"] == {
+        "ignore": [
+            r"re:^model\.layers\.1\.mlp.*",
+            "re:.*lm_head",
+            r"re:model\.layers\.\d+\.mlp",
+            "vision_tower.layers.5.fc1",
+        ],
+        "extra_config": {"model.layers.3.mlp": {"bits": 4}},
+    }
 
 
 def test_the_stack_is_found_by_its_numbers() -> None:
