@@ -12,7 +12,7 @@ import typer
 
 from hfsd import processes
 from hfsd.errors import BadRequest, nearest
-from hfsd.terminal import numbers, print_results, spoken
+from hfsd.terminal import numbers, print_results, print_rewrites, spoken
 
 if TYPE_CHECKING:
     from hfsd.recipe import Recipe
@@ -156,25 +156,43 @@ def prune(
 
 @app.command()
 def rewrite(
-    model: ModelArg,
-    data: DataArg,
-    out: NewFolder,
+    model: Annotated[str, typer.Argument(help="As elsewhere; with --show and no DATA: a run, or its rewrite folder.")],
+    data: Annotated[str | None, typer.Argument(help="As elsewhere.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="New folder for the result.")] = None,
     task: Annotated[str, typer.Option("--task", help="instruction, math or code.")] = "instruction",
+    mode: Annotated[str | None, typer.Option("--mode", help="reference, few-shot, self or best.")] = None,
     rows: Annotated[int, typer.Option("--rows", help="Rows to rewrite, after the split.")] = 1000,
+    show: Annotated[int, typer.Option("--show", help="Print this many rewrites beside their references.")] = 0,
     sets: Sets = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Have the unpruned model answer a training set in its own words."""
+    """Have the unpruned model answer a training set in its own words, or look at what it wrote."""
     with spoken(debug, as_json) as say:
-        asked = {
-            "model": model,
-            "data": {"source": data, "rows": rows},
-            "rewrite": {"task": task},
-            "prune": {"remove": "0:1"},  # a recipe names a cut; rewriting does not depend on it
-        }
-        root = _run_stage(out, asked, sets, "rewrite")
-        say(**json.loads((root / "rewrite" / "stats.json").read_text(encoding="utf-8")))
+        from hfsd import rewrite as rewriting
+
+        if data is None and not show:
+            raise BadRequest("give the DATA to rewrite, or --show COUNT to look at the rewrites of a run")
+        if data is not None and out is None:
+            raise BadRequest("give a folder for the rewrites: --out FOLDER")
+        root = Path(model)
+        if data is not None and out is not None:
+            asked = {
+                "model": model,
+                "data": {"source": data, "rows": rows},
+                "rewrite": {"task": task} | ({"mode": mode} if mode else {}),
+                "prune": {"remove": "0:1"},  # a recipe names a cut; rewriting does not depend on it
+            }
+            root = _run_stage(out, asked, sets, "rewrite")
+        folder = root / "rewrite" if (root / "rewrite").is_dir() else root
+        if not (folder / "stats.json").is_file():
+            raise BadRequest(f"{root} holds no finished rewrites; run `hfsd rewrite MODEL DATA --out {root}` first")
+        stats = json.loads((folder / "stats.json").read_text(encoding="utf-8"))
+        if show:
+            print_rewrites(rewriting.read(folder), show)
+        reasons = ", ".join(f"{n} {reason}" for reason, n in stats["reasons"].items())
+        print(f"{stats['rows']} rows: {reasons}; all of them: {folder / 'rewrites.jsonl'}")
+        say(**stats)
 
 
 def _up_to(command: str, stage: str, what: str) -> None:

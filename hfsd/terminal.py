@@ -5,11 +5,14 @@ Exit codes: 0 done, 1 failed, 2 a bad request, 130 interrupted.
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
+import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +22,7 @@ from hfsd import processes
 from hfsd.errors import HfsdError
 
 if TYPE_CHECKING:
-    from hfsd.records import Results
+    from hfsd.records import Example, Results, Rewrite
 
 
 @contextmanager
@@ -79,6 +82,37 @@ def print_results(results: Results, root: Path) -> None:
         print(f'  model = AutoModelForCausalLM.from_pretrained("{merged}")')
         print(f'  tokenizer = AutoTokenizer.from_pretrained("{merged}")')
     print(f"compare side by side:  hfsd space {root}\npublish:               hfsd push {root} --to NAME")
+
+
+def print_rewrites(pairs: Sequence[tuple[Example, Rewrite]], count: int) -> None:
+    """References and rewrites side by side, accepted and rejected ones in turn; words of one side only are coloured."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False, markup=False)
+    for example, rewrite in _in_turn(pairs)[:count]:
+        reference, text = Text(), Text()
+        mine, theirs = (re.findall(r"\S+|\s+", t) for t in (example.reference, rewrite.text))
+        for kind, a, b, c, d in difflib.SequenceMatcher(None, mine, theirs, autojunk=False).get_opcodes():
+            reference.append("".join(mine[a:b]), style=None if kind == "equal" else "red")
+            text.append("".join(theirs[c:d]), style=None if kind == "equal" else "green")
+        shown = Table(title=f"{example.id}  {rewrite.reason}", title_justify="left", expand=True)
+        shown.caption = " ".join(example.prompt.split())[:300]
+        shown.add_column("reference", ratio=1, overflow="fold")
+        shown.add_column(f"rewrite ({rewrite.mode})", ratio=1, overflow="fold")
+        shown.add_row(reference, text)
+        if rewrite.nats is not None and rewrite.reference_nats is not None:
+            shown.add_row(f"{rewrite.reference_nats:.2f} nats per token", f"{rewrite.nats:.2f} nats per token")
+        console.print(shown)
+
+
+def _in_turn(pairs: Sequence[tuple[Example, Rewrite]]) -> list[tuple[Example, Rewrite]]:
+    """An accepted one, a rejected one, and so on; then what is left."""
+    sides: tuple[list[Any], list[Any]] = ([], [])
+    for pair in pairs:
+        sides[not pair[1].kept].append(pair)
+    return [pair for two in zip_longest(*sides) for pair in two if pair is not None]
 
 
 def numbers(results: Results) -> dict[str, Any]:

@@ -214,6 +214,20 @@ def test_prune_chooses_by_a_scan_keeps_by_hand_and_copies(model_folder: Path, tm
     assert {"copy", "structure", "numeric", "hash"} == set(kept["seconds"])
 
 
+def test_rewrites_are_shown_side_by_side(tiny_run: Path, tmp_path: Path) -> None:
+    for place in (tiny_run, tiny_run / "rewrite"):
+        shown = CliRunner().invoke(app, ["rewrite", str(place), "--show", "3"], env={"COLUMNS": "120"})
+        assert shown.exit_code == 0, shown.output
+        assert shown.stdout.count("reference") >= 3 and "rows: " in shown.stdout
+    for words, message in (
+        (["rewrite", "m"], "give the DATA to rewrite, or --show COUNT"),
+        (["rewrite", "m", "d.jsonl"], "give a folder for the rewrites: --out FOLDER"),
+        (["rewrite", str(tmp_path), "--show", "2"], "holds no finished rewrites"),
+    ):
+        result = CliRunner().invoke(app, words)
+        assert result.exit_code == 2 and message in result.stderr
+
+
 def test_init_prints_a_recipe_that_parses(model_folder: Path, tmp_path: Path) -> None:
     rows = tiny.data_file(tmp_path / "rows.jsonl")
     result = CliRunner().invoke(app, ["init", str(model_folder), str(rows), "--blocks", "2"])
