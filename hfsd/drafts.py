@@ -43,6 +43,7 @@ class Drafts:
     ) -> None:
         self.recipe, self.key, self.log, self.similarity = recipe, key, log, similarity
         self.of: dict[str, list[Draft]] = {}
+        self.accepted: set[tuple[str, str]] = set()  # (row, mode) with an acceptable draft
         self.reference_nats: dict[str, float | None] = {}
         self._make = engine
         self._engine: Engine | None = None
@@ -61,7 +62,7 @@ class Drafts:
         passes = [(mode, k) for mode in modes for k in range(self.recipe.candidates)]
         with track("rewrite", len(rows) * len(modes), "drafts") as advance:
             for mode, k in passes:
-                wanted = [r for r in rows if k == 0 or not self._accepted(r, mode)]
+                wanted = [r for r in rows if k == 0 or (r.id, mode) not in self.accepted]
                 self._round(f"{mode}/{k}", mode, wanted, shots, _Live(self, advance, rows, k == 0))
 
     def verdicts(self, row: Example) -> list[tuple[Draft, str]]:
@@ -75,15 +76,12 @@ class Drafts:
         kept = [j for j in judged if j[1] == checks.KEPT]
         return min(kept, key=lambda j: (j[0].nats is None, j[0].nats or 0.0)) if kept else judged[0]
 
-    def _accepted(self, row: Example, mode: str | None = None) -> bool:
-        return any(v == checks.KEPT and mode in (None, d.mode) for d, v in self.verdicts(row))
-
     def _shots(self, spare: Sequence[Example]) -> list[Shot]:
         """Worked rewrites from rows that are not trained on: what the original answers by itself, where acceptable."""
         tried = list(spare[:SHOT_ROWS])
         with track("shots", len(tried), "rows") as advance:
             self._round("shots", "self", tried, [], lambda made: advance(len(made)))
-        found = [(row, self.chosen(row)[0].text) for row in tried if self._accepted(row)][:SHOTS]
+        found = [(row, self.chosen(row)[0].text) for row in tried if (row.id, "self") in self.accepted][:SHOTS]
         if len(found) < 2:
             raise BadRequest(
                 f"rewrite.mode {self.recipe.mode}: {len(found)} of {len(tried)} rows kept for calibration have an "
@@ -104,8 +102,10 @@ class Drafts:
                 raise HfsdError(f"{self.log}: batch {name} {number} is of other rows; make it again: --redo rewrite")
             self.reference_nats |= record["references"]
             drafts = [Draft(**d) for d in record["drafts"]]
-            for draft in drafts:
-                self.of.setdefault(draft.id, []).append(draft)
+            for draft, row in zip(drafts, batch, strict=True):
+                self.of.setdefault(row.id, []).append(draft)
+                if checks.verdict(draft, row, self.reference_nats[row.id], self.recipe) == checks.KEPT:
+                    self.accepted.add((row.id, mode))
             told(drafts)
 
     def _generated(
@@ -129,13 +129,13 @@ class _Live:
     """Advances the progress line with the acceptance and the tokens per second so far."""
 
     def __init__(self, drafts: Drafts, advance: Advance, rows: Sequence[Example], counts: bool) -> None:
-        self.drafts, self.advance, self.rows, self.counts = drafts, advance, {r.id: r for r in rows}, counts
+        self.drafts, self.advance, self.rows, self.counts = drafts, advance, {r.id for r in rows}, counts
         self.start = time.perf_counter()
         self.tokens = 0
 
     def __call__(self, made: list[Draft]) -> None:
-        done = [self.rows[i] for i in self.drafts.of if i in self.rows]
-        accepted = sum(self.drafts._accepted(row) for row in done) / len(done)
+        done = self.rows & self.drafts.of.keys()
+        accepted = len(done & {row for row, _ in self.drafts.accepted}) / len(done)
         self.tokens += sum(d.n_tokens for d in made)
         rate = self.tokens / max(1e-9, time.perf_counter() - self.start)
         self.advance(len(made) if self.counts else 0, note=f"{accepted:.0%} accepted, {rate:.0f} tokens/s")

@@ -269,13 +269,20 @@ def data_sentence(name: str, train_set: TrainSet) -> str:
     """Acceptance, tokens and change of length of a rewritten set, in plain text."""
     change = train_set.rewrite_chars / train_set.reference_chars - 1 if train_set.reference_chars else 0.0
     sampling = ", ".join(f"{k} {v}" for k, v in sorted(train_set.sampling.items()) if v is not None)
-    return (
+    others = "the reference answer in the others" if train_set.on_reject == "reference" else "the others left both sets"
+    told = (
         f"{name}: the original's own words are used in {percent(train_set.kept_fraction)} of "
-        f"{plural(train_set.rows, 'row')}, the reference answer in the others. Engine {train_set.engine}"
+        f"{plural(train_set.rows, 'row')}, {others}. Mode {train_set.mode}, engine {train_set.engine}"
         f"{f' ({sampling})' if sampling else ''}, {train_set.n_tokens:,} tokens in {duration(train_set.seconds)}. "
         f"Rewritten answers are {abs(100 * change):.0f}% {'longer' if change >= 0 else 'shorter'} than the references, "
         f"in characters."
     )
+    if train_set.rewrite_nats is not None and train_set.reference_nats is not None:
+        told += (
+            f" Given the prompt alone, the original's loss on them is {train_set.rewrite_nats:.2f} nats per token, "
+            f"on the references {train_set.reference_nats:.2f}."
+        )
+    return told
 
 
 def reasons_table(train_set: TrainSet) -> list[list[str]]:
