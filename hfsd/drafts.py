@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -24,7 +25,7 @@ from hfsd.recipe import Rewrite as RewriteRecipe
 from hfsd.records import Example, Message
 
 MODES = ("reference", "few-shot", "self")  # what `best` chooses from
-SHOTS, SHOT_ROWS = 3, 12  # worked rewrites in a few-shot prompt, and rows tried to find them
+SHOTS, SHOT_ROWS = 3, 16  # worked rewrites in a few-shot prompt, and rows tried to find them
 Shot = tuple[Example, str]
 Similarity = Callable[[str, str], float]
 
@@ -54,11 +55,13 @@ class Drafts:
         """Drafts for all rows: of every mode for `best`, else up to `candidates` until one is accepted.
 
         Raises:
-            BadRequest: few-shot, and the spare rows gave too few acceptable worked rewrites.
+            BadRequest: few-shot, and the spare rows gave too few acceptable worked rewrites (`best` does without).
             HfsdError: the engine failed, or the disk is full; finished batches are kept.
         """
-        modes = MODES if self.recipe.mode == "best" else (self.recipe.mode,)
+        modes: tuple[str, ...] = MODES if self.recipe.how == "best" else (self.recipe.how,)
         shots = self._shots(spare) if "few-shot" in modes else []
+        if not shots and self.recipe.how == "best":
+            modes = ("reference", "self")
         passes = [(mode, k) for mode in modes for k in range(self.recipe.candidates)]
         with track("rewrite", len(rows) * len(modes), "drafts") as advance:
             for mode, k in passes:
@@ -77,17 +80,18 @@ class Drafts:
         return min(kept, key=lambda j: (j[0].nats is None, j[0].nats or 0.0)) if kept else judged[0]
 
     def _shots(self, spare: Sequence[Example]) -> list[Shot]:
-        """Worked rewrites from rows that are not trained on: what the original answers by itself, where acceptable."""
+        """Worked rewrites of rows that are not trained on: acceptable ones with the reference as a guide."""
         tried = list(spare[:SHOT_ROWS])
         with track("shots", len(tried), "rows") as advance:
-            self._round("shots", "self", tried, [], lambda made: advance(len(made)))
-        found = [(row, self.chosen(row)[0].text) for row in tried if (row.id, "self") in self.accepted][:SHOTS]
-        if len(found) < 2:
-            raise BadRequest(
-                f"rewrite.mode {self.recipe.mode}: {len(found)} of {len(tried)} rows kept for calibration have an "
-                "acceptable answer of the original to show; use mode: reference or self, or loosen the gates"
-            )
-        return found
+            self._round("shots", "reference", tried, [], lambda made: advance(len(made)))
+        found = [(row, self.chosen(row)[0].text) for row in tried if (row.id, "reference") in self.accepted][:SHOTS]
+        if len(found) >= 2:
+            return found
+        why = f"{len(found)} of {len(tried)} rows kept for calibration have an acceptable rewrite to show"
+        if self.recipe.how != "best":
+            raise BadRequest(f"rewrite.mode {self.recipe.how}: {why}; use another mode, or loosen the gates")
+        print(f"rewrite: {why}, so the best is taken of two modes, without few-shot", file=sys.stderr)
+        return []
 
     def _round(
         self, name: str, mode: str, rows: Sequence[Example], shots: list[Shot], told: Callable[[list[Draft]], None]

@@ -159,10 +159,11 @@ class Endpoint(Block):
 class Rewrite(Block):
     from_: str | None = Field(None, alias="from", description="rewrites that you already have: .jsonl with id and text")
     task: Literal["instruction", "math", "code"] = Field("instruction", description="which prompt and which check")
-    mode: Literal["reference", "few-shot", "self", "best"] = Field(
-        "reference",
+    mode: Literal["reference", "few-shot", "self", "best"] | None = Field(
+        None,
         description="reference: answer with the reference as a guide (the paper); few-shot: the same behind worked "
-        "rewrites; self: the prompt alone; best: all three, and the acceptable one that is likeliest per token",
+        "rewrites; self: the prompt alone; best: all three, and the acceptable one that is likeliest per token; "
+        "None: best, or reference behind an endpoint, which tells no likelihoods",
     )
     candidates: Positive = Field(
         1, description="drafts per row, until one is accepted; more than 1 needs a temperature"
@@ -206,8 +207,13 @@ class Rewrite(Block):
         if self.candidates > 1 and self.temperature == 0:
             raise ValueError(f"candidates is {self.candidates}, and at temperature 0 all of them are the same text")
         if self.mode == "best" and self.engine == "endpoint":
-            raise ValueError("mode: best compares likelihoods, which a chat endpoint does not give; use another engine")
+            raise ValueError("mode: best compares likelihoods, which a chat endpoint does not give; use another mode")
         return self
+
+    @property
+    def how(self) -> str:
+        """The mode, derived where none is given."""
+        return self.mode or ("reference" if self.engine == "endpoint" else "best")
 
 
 class Train(Block):

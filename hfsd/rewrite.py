@@ -143,7 +143,7 @@ def _stats(
         sampling={"temperature": recipe.temperature, "top_p": recipe.top_p, "max_new_tokens": recipe.max_new_tokens},
         reference_chars=sum(len(e.reference) for e, _ in pairs),
         rewrite_chars=sum(len(r.text) for r in rewrites),
-        mode=recipe.mode if recipe.from_ is None else "given",
+        mode=recipe.how if recipe.from_ is None else "given",
         modes=dict(sorted(Counter(r.mode for r in rewrites if r.kept).items())),
         on_reject=recipe.on_reject,
         reference_nats=fmean(a for a, _ in both) if both else None,

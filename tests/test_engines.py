@@ -186,7 +186,7 @@ def test_likelihoods_equal_a_plain_computation(model_folder: Path) -> None:
 
 def test_a_server_that_dies_and_comes_back_loses_no_row(server: Server, tmp_path: Path) -> None:
     rows = [Example(f"e{i}", f"question {i}", f"so #### {i}") for i in range(9)]
-    asked = RewriteRecipe(batch_rows=3, task="instruction", min_similarity=0)
+    asked = RewriteRecipe(batch_rows=3, task="instruction", mode="reference", min_similarity=0)
     remote = _remote(server, retries=0)
     server.faults = [200, 200, 200, 500, 500, 500]
     with pytest.raises(HfsdError, match="finished batches are kept"):

@@ -106,9 +106,19 @@ def test_few_shot_shows_worked_rewrites_of_rows_that_are_not_trained_on(tmp_path
     shown = [m["content"] for m in last[1:-1:2]]
     assert all(any(spare.reference in text for spare in SPARE) for text in shown)
     assert [m["content"] for m in last[2:-1:2]] == [_right(Request("", [m]), 0) for m in last[1:-1:2]]
-    assert not {r.id for r in ROWS} & {i for ids, _ in engine.batches[:3] for i in ids}
-    with pytest.raises(BadRequest, match="0 of 12 rows kept for calibration have an acceptable answer"):
+    assert not {r.id for r in ROWS} & {i for ids, _ in engine.batches[:4] for i in ids}
+    with pytest.raises(BadRequest, match="0 of 16 rows kept for calibration have an acceptable rewrite to show"):
         _run(Fake(lambda *_: "no number"), tmp_path / "bad", mode="few-shot")
+
+
+def test_best_does_without_few_shot_where_nothing_can_be_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def answer(request: Request, _: int) -> str:
+        return "no number" if len(request.messages) > 1 else _right(request, 0)
+
+    assert _run(Fake(answer), tmp_path, mode="best").modes == {"self": 10}
+    assert "so the best is taken of two modes, without few-shot" in capsys.readouterr().err
 
 
 def test_best_takes_the_likeliest_acceptable_draft(tmp_path: Path) -> None:
@@ -120,7 +130,7 @@ def test_best_takes_the_likeliest_acceptable_draft(tmp_path: Path) -> None:
         return f"It is {number}" if request.id in {r.id for r in SPARE} else short[mode]
 
     stats = _run(Fake(answer), tmp_path, mode="best", min_similarity=0.0)
-    assert stats.modes == {"few-shot": 10} and stats.n_tokens == 3 * (30 + 4 * 3)
+    assert stats.modes == {"few-shot": 10} and stats.n_tokens == 3 * (30 + 16)
     assert {r.text[:3] for _, r in rewrite.read(tmp_path)} == {"So "}
 
 

@@ -100,7 +100,7 @@ def recipe(model: Path, **changes: Any) -> Any:
         "data": {"source": "gym:gsm_symbolic", "pool": 600, "rows": 12, "max_chars": 480},
         "scan": {"rows": 6, "verify_rows": 3, "max_length": 512, "candidates": 2},
         "prune": {"blocks": 2},
-        "rewrite": {"task": "math", "max_new_tokens": 12, "batch_rows": 4},
+        "rewrite": {"task": "math", "mode": "reference", "max_new_tokens": 12, "batch_rows": 4},
         "train": {"lora": {"r": 4}, "sft": {"per_device_train_batch_size": 4, "save_steps": 1}},
         "evaluate": {"tasks": ["demo"], "limit": 4},
         "compare": {"prompts": 2, "max_new_tokens": 8},
