@@ -1,4 +1,4 @@
-"""SIGKILL while rewriting and while training: the next run continues and ends as an undisturbed one does."""
+"""Killed while pruning, rewriting or training: the next run continues and ends as an undisturbed one does."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def undisturbed(recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return pipeline.run(recipe, out=tmp_path_factory.mktemp("undisturbed") / "tiny", until="train")
 
 
-def _kill_when(seen, recipe, root: Path) -> None:
-    """Starts `hfsd run` and kills it as soon as `seen()` is true."""
+def _kill_when(seen, recipe, root: Path, by: signal.Signals = signal.SIGKILL) -> int:
+    """Starts `hfsd run`, ends it by a signal as soon as `seen()` is true, and returns its exit code."""
     file = root.parent / "recipe.yaml"
     file.write_text(yaml.safe_dump(recipes.dump(recipe)))
     command = [sys.executable, "-c", "from hfsd.cli import main; main()", "run", str(file), "--out", str(root)]
@@ -45,12 +45,32 @@ def _kill_when(seen, recipe, root: Path) -> None:
             assert time.monotonic() < end
             time.sleep(0.002)
     finally:
-        started.send_signal(signal.SIGKILL)
-        started.wait()
+        started.send_signal(by)
+        code = started.wait(60)
+    return code
 
 
 def _content(root: Path, stage: str) -> str:
     return json.loads((root / stage / "DONE.json").read_text())["content"]
+
+
+def test_killed_while_pruning(recipe, undisturbed: Path, tmp_path: Path) -> None:
+    root = tmp_path / "tiny"
+    _kill_when(lambda: any((root / "prune").glob(".checkpoint.*.tmp/model.safetensors")), recipe, root)
+    assert not (root / "prune" / "DONE.json").exists()
+    pipeline.run(recipe, out=root, until="prune")
+    assert _content(root, "prune") == _content(undisturbed, "prune")
+    assert {p.name for p in (root / "prune").iterdir()} == {"checkpoint", "prune.json", "DONE.json"}
+
+
+def test_ctrl_c_while_rewriting(recipe, undisturbed: Path, tmp_path: Path) -> None:
+    root = tmp_path / "tiny"
+    log = root / "rewrite" / "work" / "batches.jsonl"
+    code = _kill_when(lambda: log.is_file() and b"\n" in log.read_bytes(), recipe, root, signal.SIGINT)
+    told = (tmp_path / "log").read_text()
+    assert code == 130 and "interrupted; run the same command again to continue" in told and "Traceback" not in told
+    pipeline.run(recipe, out=root, until="rewrite")
+    assert _content(root, "rewrite") == _content(undisturbed, "rewrite")
 
 
 def test_killed_while_rewriting(recipe, undisturbed: Path, tmp_path: Path) -> None:
