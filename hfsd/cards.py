@@ -32,9 +32,9 @@ __all__ = ["dataset_card", "model_card", "pictures", "space_card", "validate"]
 
 HUB = "https://huggingface.co"
 DATA_FILES = {CONFIGS[arm]: f"{CONFIGS[arm]}.parquet" for arm in ("self-distilled", "sft")}
-CONFIGS = {
+MEANINGS = {
     "self-distilled": "the original's own answers, and the reference answer where the rewrite was not acceptable",
-    "sft": "the reference answers as they are, in the same order",
+    "reference": "the reference answers as they are: the same rows in the same order",
 }
 COLUMNS = [
     ["column", "meaning"],
@@ -123,7 +123,7 @@ def dataset_card(results: Results, repos: Mapping[str, str], examples: Sequence[
     names = " and ".join(sorted(results.train_sets))
     source = results.facts.get("data_source")
     original = _link(original_repo(results, repos)) or escape(_original_name(results))
-    files = dict(sorted((results.facts.get("data_files") or DATA_FILES).items()))
+    files = dict(results.facts.get("data_files") or DATA_FILES)
     shown = [(e, r) for e, r in examples if not LOCAL_PATH.search(f"{e.prompt}\n{e.reference}\n{r.text}")]
     return _render(
         "dataset",
@@ -134,9 +134,11 @@ def dataset_card(results: Results, repos: Mapping[str, str], examples: Sequence[
             f"answers rewritten by {original} in its own words, where the rewrite is acceptable (self-data "
             "distillation), made to recover a pruned copy of that model."
         ),
-        contents=[f"configuration {escape(name)}: {CONFIGS.get(name, 'see the columns')}" for name in files],
+        contents=[f"configuration {escape(name)}: {MEANINGS.get(name, 'see the columns')}" for name in files],
         columns=COLUMNS,
-        sets=[(n, text.data_sentence(n, s), text.reasons_table(s)) for n, s in sorted(results.train_sets.items())],
+        sets=[
+            (n, text.data_sentence(n, s), text.reasons_table(s), s.asked) for n, s in sorted(results.train_sets.items())
+        ],
         examples=[_example(e, r) for e, r in shown[:SHOWN_EXAMPLES]],
         headline=text.headline(results),
         license_sentence=_license_sentence(results.facts, "the source data", "data_license"),

@@ -192,6 +192,7 @@ class TrainSet:
     """The rewritten set: `reasons` counts rows by reason; `kept` is the reason of a row that was accepted.
 
     `n_tokens` are all tokens generated, drafts that were not chosen included. `modes` counts accepted rows by mode.
+    `asked` is what the original was asked, with the places of prompt and reference open; the prompt alone is no asking.
     `reference_nats` and `rewrite_nats` are means over rows.
     """
 
@@ -208,6 +209,7 @@ class TrainSet:
     mode: str = "reference"
     modes: dict[str, int] = field(default_factory=dict)
     on_reject: str = "reference"
+    asked: tuple[Message, ...] = ()
     reference_nats: float | None = None
     rewrite_nats: float | None = None
     similarity: float | None = None

@@ -15,11 +15,11 @@ from typing import Any
 from hfsd import chat, checks, figures
 from hfsd.answers import with_final_line
 from hfsd.checks import Draft
-from hfsd.drafts import Drafts
+from hfsd.drafts import Drafts, messages
 from hfsd.engines import Engine
 from hfsd.errors import BadRequest
 from hfsd.recipe import Rewrite as RewriteRecipe
-from hfsd.records import CONFIGS, Example, Rewrite, TrainSet, dumps
+from hfsd.records import CONFIGS, Example, Message, Rewrite, TrainSet, dumps
 from hfsd.rundir import write_atomic
 
 
@@ -146,10 +146,18 @@ def _stats(
         mode=recipe.how if recipe.from_ is None else "given",
         modes=dict(sorted(Counter(r.mode for r in rewrites if r.kept).items())),
         on_reject=recipe.on_reject,
+        asked=_asked(recipe),
         reference_nats=fmean(a for a, _ in both) if both else None,
         rewrite_nats=fmean(b for _, b in both) if both else None,
         similarity=fmean(r.similarity for r in rewrites),
     )
+
+
+def _asked(recipe: RewriteRecipe) -> tuple[Message, ...]:
+    """The guided prompt of this task with its places open; none where rewrites were given or no reference is shown."""
+    if recipe.from_ is not None or recipe.how == "self":
+        return ()
+    return tuple(messages(Example("", "{prompt}", "{reference}"), recipe.task, "reference"))
 
 
 def _write_arm(arm: str, pairs: Sequence[tuple[Example, Rewrite]], path: Path) -> None:

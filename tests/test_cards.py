@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from dataclasses import replace
@@ -277,3 +278,18 @@ def test_assets_are_found_in_a_wheel_and_in_a_checkout(tmp_path, monkeypatch):
 
 def test_licenses_are_known_identifiers():
     assert {"apache-2.0", "mit", "llama3.1", "gemma", "other"} <= metadata.LICENSES
+
+
+def test_the_dataset_card_says_what_each_configuration_is_and_what_was_asked():
+    (train_set,) = made().train_sets.values()
+    asked = ({"role": "user", "content": "Rewrite {reference} ``` for {prompt}"},)
+    told = dataclasses.replace(train_set, asked=asked, mode="best", reference_nats=1.5, rewrite_nats=1.25)
+    card = cards.dataset_card(made(train_sets={"tiny-data": told}), REPOS, EXAMPLES)
+    assert [c["config_name"] for c in front(card)["configs"]] == ["self-distilled", "reference"]
+    for name in ("self-distilled", "reference"):
+        assert f"configuration {name}: the " in card
+    assert "user:\nRewrite {reference} ``` for {prompt}" in card and "Mode best" in card
+    assert "loss on them is 1.25 nats per token, on the references 1.50" in card
+    dropped = dataclasses.replace(told, on_reject="drop", asked=())
+    card = cards.dataset_card(made(train_sets={"tiny-data": dropped}), REPOS, EXAMPLES)
+    assert "the others left both sets" in card and "What the original was asked" not in card

@@ -69,7 +69,7 @@ def test_the_arms_differ_in_nothing_but_the_text(tmp_path: Path) -> None:
     assert own[3]["completion"][0]["content"] == "It is 4\n#### 4"  # the line that the metric reads is put back
     assert (stats.rows, stats.kept_fraction, stats.n_tokens, stats.modes) == (10, 1.0, 30, {"self": 10})
     assert stats.rewrite_nats == pytest.approx(0.71) and stats.reference_nats > stats.rewrite_nats
-    assert [e for e, _ in rewrite.read(tmp_path)] == ROWS
+    assert [e for e, _ in rewrite.read(tmp_path)] == ROWS and stats.asked == ()
     assert (tmp_path / "shift.png").read_bytes().startswith(b"\x89PNG")
 
 
