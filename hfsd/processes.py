@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import TypeVar
@@ -42,6 +43,17 @@ def spread(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
     while round_ := list(islice(left, count())):
         mine = [work(item) for item in round_[rank() : rank() + 1]]
         yield from gather_object(mine)
+
+
+def leave() -> None:
+    """Ends the work together: a process whose peer is gone while it still talks to it may be aborted."""
+    if count() == 1 or "accelerate" not in sys.modules:
+        return
+    from accelerate import PartialState
+
+    if PartialState._shared_state:
+        PartialState().wait_for_everyone()
+        PartialState().destroy_process_group()
 
 
 def _stated(names: tuple[str, ...], otherwise: int) -> int:

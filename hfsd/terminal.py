@@ -33,6 +33,7 @@ def spoken(debug: bool, as_json: bool) -> Iterator[Callable[..., None]]:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - until the process ends
     try:
         yield closing.update
+        processes.leave()
     except HfsdError as error:
         _fail(error, error.exit_code, str(error), debug, as_json)
     except KeyboardInterrupt as error:

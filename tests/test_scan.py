@@ -252,6 +252,8 @@ folder, out = Path(sys.argv[1]), Path(sys.argv[2])
 loaded = models.load(folder), models.load_tokenizer(folder)
 import os
 found = [t._run(loaded, batch_tokens=300, rows=5), t._run(loaded, batch_tokens=300, search="greedy")]
+from hfsd import processes
+processes.leave()
 text = "".join(dumps(f.scores) + dumps(f.candidates) + dumps(f.plan) for f in found)
 (out / f"{os.environ.get('WORLD_SIZE', '1')}-{os.environ.get('RANK', '0')}").write_text(text)
 """
@@ -265,7 +267,7 @@ def test_one_and_two_processes_agree_to_the_last_bit(model_folder: Path, tmp_pat
     for launcher in ([sys.executable], torchrun):
         command = [*launcher, str(tmp_path / "worker.py"), str(model_folder), str(tmp_path)]
         done = subprocess.run(command, env=env, cwd=root, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-2000:]
+        assert done.returncode == 0, done.stderr
     alone, *both = [(tmp_path / name).read_text() for name in ("1-0", "2-0", "2-1")]
     assert both == [alone, alone]
 
