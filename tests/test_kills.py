@@ -45,9 +45,20 @@ def _kill_when(seen, recipe, root: Path, by: signal.Signals = signal.SIGKILL) ->
             assert time.monotonic() < end
             time.sleep(0.002)
     finally:
-        started.send_signal(by)
-        code = started.wait(60)
+        code = _ended(started, by)
     return code
+
+
+def _ended(process: subprocess.Popen, by: signal.Signals) -> int:
+    """Signals until the process has ended: Python loses a Ctrl-C that meets it in a finaliser."""
+    for _ in range(60):
+        process.send_signal(by)
+        try:
+            return process.wait(2)
+        except subprocess.TimeoutExpired:
+            continue
+    process.kill()
+    pytest.fail(f"process {process.pid} did not end by {by.name}")
 
 
 def _content(root: Path, stage: str) -> str:
