@@ -171,12 +171,13 @@ def rewrite(
     with spoken(debug, as_json) as say:
         from hfsd import rewrite as rewriting
 
-        if data is None and not show:
-            raise BadRequest("give the DATA to rewrite, or --show COUNT to look at the rewrites of a run")
-        if data is not None and out is None:
-            raise BadRequest("give a folder for the rewrites: --out FOLDER")
-        root = Path(model)
-        if data is not None and out is not None:
+        if data is None:
+            if not show:
+                raise BadRequest("give the DATA to rewrite, or --show COUNT to look at the rewrites of a run")
+            root = Path(model)
+        else:
+            if out is None:
+                raise BadRequest("give a folder for the rewrites: --out FOLDER")
             asked = {
                 "model": model,
                 "data": {"source": data, "rows": rows},

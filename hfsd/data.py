@@ -49,7 +49,7 @@ def load(recipe: Data) -> list[Example]:
     """All usable rows of a source, exact duplicates once, in the source's order.
 
     Raises:
-        BadRequest: the source is not there, its shape is unknown, or rows lack a prompt or reference (by number).
+        BadRequest: the source is not there, its shape is unknown, or it has no usable row.
     """
     if recipe.source.startswith("gym:"):
         examples = _from_gym(recipe)

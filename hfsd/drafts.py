@@ -43,7 +43,7 @@ class Drafts:
         self, engine: Callable[[], Engine], recipe: RewriteRecipe, key: str, log: Path, similarity: Similarity
     ) -> None:
         self.recipe, self.key, self.log, self.similarity = recipe, key, log, similarity
-        self.of: dict[str, list[Draft]] = {}
+        self.judged: dict[str, list[tuple[Draft, str]]] = {}  # row -> its drafts, each with its verdict
         self.accepted: set[tuple[str, str]] = set()  # (row, mode) with an acceptable draft
         self.reference_nats: dict[str, float | None] = {}
         self._make = engine
@@ -68,14 +68,9 @@ class Drafts:
                 wanted = [r for r in rows if k == 0 or (r.id, mode) not in self.accepted]
                 self._round(f"{mode}/{k}", mode, wanted, shots, _Live(self, advance, rows, k == 0))
 
-    def verdicts(self, row: Example) -> list[tuple[Draft, str]]:
-        """A row's drafts, each with its verdict."""
-        nats = self.reference_nats.get(row.id)
-        return [(d, checks.verdict(d, row, nats, self.recipe)) for d in self.of.get(row.id, [])]
-
     def chosen(self, row: Example) -> tuple[Draft, str]:
         """The acceptable draft that is likeliest under the original, else the first one made, with its verdict."""
-        judged = self.verdicts(row)
+        judged = self.judged[row.id]
         kept = [j for j in judged if j[1] == checks.KEPT]
         return min(kept, key=lambda j: (j[0].nats is None, j[0].nats or 0.0)) if kept else judged[0]
 
@@ -107,8 +102,9 @@ class Drafts:
             self.reference_nats |= record["references"]
             drafts = [Draft(**d) for d in record["drafts"]]
             for draft, row in zip(drafts, batch, strict=True):
-                self.of.setdefault(row.id, []).append(draft)
-                if checks.verdict(draft, row, self.reference_nats[row.id], self.recipe) == checks.KEPT:
+                verdict = checks.verdict(draft, row, self.reference_nats[row.id], self.recipe)
+                self.judged.setdefault(row.id, []).append((draft, verdict))
+                if verdict == checks.KEPT:
                     self.accepted.add((row.id, mode))
             told(drafts)
 
@@ -138,7 +134,7 @@ class _Live:
         self.tokens = 0
 
     def __call__(self, made: list[Draft]) -> None:
-        done = self.rows & self.drafts.of.keys()
+        done = self.rows & self.drafts.judged.keys()
         accepted = len(done & {row for row, _ in self.drafts.accepted}) / len(done)
         self.tokens += sum(d.n_tokens for d in made)
         rate = self.tokens / max(1e-9, time.perf_counter() - self.start)

@@ -72,7 +72,7 @@ class Remote:
             if _worth_retrying(error):
                 return  # not there yet: the requests themselves try again, and tell
             raise
-        if answer.status_code == 429 or answer.status_code >= 500:
+        if _may_pass(answer.status_code):
             return
         self._known = True
         if answer.status_code != 200:
@@ -127,6 +127,10 @@ def _status(error: Exception) -> int | None:
     return error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else None
 
 
+def _may_pass(status: int) -> bool:
+    return status == 429 or status >= 500
+
+
 def _rejects_row(error: Exception) -> bool:
     """A row that this server will not take, such as one longer than its context."""
     return _status(error) in (400, 413, 422)
@@ -134,12 +138,12 @@ def _rejects_row(error: Exception) -> bool:
 
 def _worth_retrying(error: Exception) -> bool:
     """429, 5xx, time-outs and connection faults may pass; anything else will not."""
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError, InferenceTimeoutError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HTTPError, InferenceTimeoutError, OfflineModeIsEnabled
 
     if isinstance(error, OfflineModeIsEnabled):
         return False
-    if isinstance(error, HfHubHTTPError) and error.response is not None:
-        return error.response.status_code == 429 or error.response.status_code >= 500
+    if (status := _status(error)) is not None:
+        return _may_pass(status)
     return isinstance(error, InferenceTimeoutError | HTTPError | ConnectionError | TimeoutError)
 
 

@@ -116,6 +116,11 @@ def text_config(config: dict[str, Any]) -> dict[str, Any]:
     return config["text_config"] if isinstance(config.get("text_config"), dict) else config
 
 
+def kind_of(config: dict[str, Any]) -> str:
+    """The decoder's model type, such as `gemma3_text`."""
+    return str(text_config(config).get("model_type", config.get("model_type", "unknown")))
+
+
 def depth(folder: Path) -> int:
     """Number of decoder blocks, from the config alone."""
     text = text_config(config_dict(folder))
@@ -189,13 +194,35 @@ def load(
     return model.eval() if device_map is not None else model.to(target).eval()
 
 
+def load_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """A folder's config as its class completes it."""
+    from transformers import AutoConfig
+
+    with spoken(folder):
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+
+
+def loading_report(empty: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """What the loader says of a checkpoint's tensors (on the meta device) for the class and config of `empty`.
+
+    Raises:
+        RuntimeError: a tensor has another shape, or the loader cannot put it together.
+        ImportError: the library that reads this storage is not installed.
+    """
+    with quiet():
+        _, info = type(empty).from_pretrained(
+            None, config=empty.config, state_dict=tensors, device_map={"": "meta"}, output_loading_info=True
+        )
+    return info
+
+
 def skeleton(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model that a folder's config asks for, without storage (on the meta device). No weight is read."""
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
+    config = load_config(folder, trust_remote_code)
     with spoken(folder), init_empty_weights():
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
 

@@ -6,9 +6,10 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from hfsd import models, selfcheck, shards, surgery
 from hfsd.errors import BadRequest, HfsdError
@@ -68,7 +69,7 @@ def run(
             write_atomic(target / PROVENANCE, dumps(_provenance(source, ref, plan)))
             shards.write(kept, target, shard_bytes)
         checks = _checked(source, target, plan, check, trust_remote_code, seconds)
-    return _record(source, out, plan, checks, seconds)
+    return _record(tensors, config, out, plan, checks, seconds)
 
 
 def adopt(source: Path, cut: Path, out: Path, check: str = "auto", trust_remote_code: bool = False) -> Checkpoint:
@@ -95,7 +96,7 @@ def adopt(source: Path, cut: Path, out: Path, check: str = "auto", trust_remote_
             for path in sorted(p for p in cut.iterdir() if p.is_file()):
                 link_or_copy(path, target / path.name)
         checks = _checked(source, target, plan, check, trust_remote_code, seconds)
-    return _record(source, out, plan, checks, seconds)
+    return _record(shards.read(source), models.config_dict(source), out, plan, checks, seconds)
 
 
 def _checked(
@@ -114,8 +115,15 @@ def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
     seconds[name] = round(seconds.get(name, 0.0) + time.perf_counter() - start, 3)
 
 
-def _record(source: Path, out: Path, plan: PrunePlan, checks: list[Check], seconds: dict[str, float]) -> Checkpoint:
-    before, config = shards.read(source), models.config_dict(source)
+def _record(
+    before: Sequence[shards.Tensor],
+    config: dict[str, Any],
+    out: Path,
+    plan: PrunePlan,
+    checks: list[Check],
+    seconds: dict[str, float],
+) -> Checkpoint:
+    """What was written, beside the tensors and the config of the original."""
     prefix = surgery.stack_prefix((t.name for t in before), config, plan.n_layers)
     matrices = [t for t in before if t.name.startswith(f"{prefix}.") and len(t.shape) > 1]
     matmul = sum(t.numel for t in matrices)

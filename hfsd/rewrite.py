@@ -45,11 +45,12 @@ def run(
     """
     start = time.perf_counter()
     if recipe.from_ is not None:
-        name, pairs = f"from {Path(recipe.from_).name}", _given(Path(recipe.from_), rows, recipe)
+        name, pairs, n_tokens = f"from {Path(recipe.from_).name}", _given(Path(recipe.from_), rows, recipe), 0
     else:
         drafts = Drafts(engine, recipe, key, out / "work" / "batches.jsonl", _similarity(recipe))
         drafts.make(rows, spare)
         name = recipe.engine
+        n_tokens = sum(d.n_tokens for made in drafts.judged.values() for d, _ in made)
         pairs = [(row, _judged(*drafts.chosen(row), drafts.reference_nats[row.id])) for row in rows]
     used = [pair for pair in pairs if pair[1].kept or recipe.on_reject == "reference"]
     if not used:
@@ -58,8 +59,7 @@ def run(
     write_atomic(out / "rewrites.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     for arm, config in CONFIGS.items():
         _write_arm(arm, used, out / f"{config}.parquet")
-    made = [d for batch in (drafts.of.values() if recipe.from_ is None else ()) for d in batch]
-    stats = _stats(out, name, pairs, recipe, sum(d.n_tokens for d in made), time.perf_counter() - start)
+    stats = _stats(out, name, pairs, recipe, n_tokens, time.perf_counter() - start)
     write_atomic(out / "stats.json", dumps(stats))
     figures.draw_rewrites(pairs, out)
     return stats

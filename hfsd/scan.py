@@ -77,7 +77,7 @@ def run(
             best = min(candidates, key=lambda c: (c.loss, c.removed))
             removed = best.removed
             why = f"least held-out loss of {len(candidates)} candidates (proposed by {best.proposed_by})"
-    plan = surgery.plan_keeping(n_layers, [i for i in range(n_layers) if i not in removed], why)
+    plan = surgery.plan_keeping(n_layers, _without(removed, n_layers), why)
     plan = _with_scores(plan, scores, candidates, original_loss)
     return Scan(_reported(scores, recipe), candidates, original_loss, plan, ref, round(time.perf_counter() - start, 3))
 
@@ -249,12 +249,16 @@ def _sound_ranges(config: dict[str, Any], n_layers: int, width: int) -> list[Blo
     return _sound(config, n_layers, [tuple(range(s, s + width)) for s in range(n_layers - width + 1)])
 
 
+def _without(removed: Blocks, n_layers: int) -> list[int]:
+    return [i for i in range(n_layers) if i not in removed]
+
+
 def _sound(config: dict[str, Any], n_layers: int, cuts: Sequence[Blocks]) -> list[Blocks]:
     found: list[Blocks] = []
     refusal: Refusal | None = None
     for cut in cuts:
         try:
-            surgery.refuse_unsound(config, [i for i in range(n_layers) if i not in cut], n_layers)
+            surgery.refuse_unsound(config, _without(cut, n_layers), n_layers)
             found.append(cut)
         except Refusal as error:
             refusal = refusal or error
@@ -269,7 +273,7 @@ def _proposals(
     """Range -> who proposed it: the k best under each token choice and by screening, and the deepest but the last.
 
     A distance does not see what the blocks behind the range make of the change: on SmolLM2-135M the best range of 8
-    blocks was among neither choice's 4 lowest, and the best of those lost 17% more. A loss on few sequences sees it.
+    blocks was among neither choice's 3 lowest, and the best of those lost 17% more. A loss on few sequences sees it.
     """
     width = len(ranges[0])
     keys = {f"{choice} tokens": [scores[choice].values[width][r[0]] for r in ranges] for choice in TOKEN_CHOICES}

@@ -39,10 +39,7 @@ def structure(folder: Path, trust_remote_code: bool = False) -> Check:
     empty = models.skeleton(folder, trust_remote_code)
     kind = type(empty)
     try:
-        with models.quiet():
-            _, info = kind.from_pretrained(
-                None, config=empty.config, state_dict=written, device_map={"": "meta"}, output_loading_info=True
-            )
+        info = models.loading_report(empty, written)
     except RuntimeError as error:  # another shape, or a tensor that the loader cannot put together
         raise HfsdError(_misfit(kind, str(error))) from None
     except ImportError as error:  # the library that reads this storage
@@ -69,11 +66,11 @@ def numeric(source: Path, cut: Path, plan: PrunePlan, check: str, trust_remote_c
         Refusal: the architecture needs this level, and the original does not fit.
     """
     needed = _reason_needed(source)
+    if check == "structure" and not needed:
+        return Check("numeric", "not run: check is structure")
     fault = _does_not_fit(source)
     if check != "numeric" and needed and fault:
         raise Refusal(f"{needed}, and {fault}; run it on a larger machine, or here with --check numeric")
-    if check == "structure" and not needed:
-        return Check("numeric", "not run: check is structure")
     if check == "auto" and fault:
         return Check("numeric", f"not run: {fault}")
     original = _loaded(source, trust_remote_code)
@@ -85,7 +82,7 @@ def numeric(source: Path, cut: Path, plan: PrunePlan, check: str, trust_remote_c
     off = (_logits(pruned, ids) - expected).abs().max().item()
     if not off <= TOLERANCE * max(1.0, expected.abs().max().item()):
         raise HfsdError(
-            f"self-check failed: logits of the cut {_kind(source)} are off by {off:.3g}; "
+            f"self-check failed: logits of the cut {models.kind_of(models.config_dict(source))} are off by {off:.3g}; "
             "its blocks depend on their index, so this cut is not sound"
         )
     cached = _generated(pruned, ids, use_cache=True)
@@ -121,10 +118,7 @@ def without_blocks(model: PreTrainedModel, removed: Sequence[int]) -> Iterator[N
 
 def _loaded(folder: Path, trust_remote_code: bool) -> PreTrainedModel:
     """In float32, with windows that the short prompts do not fit into: else a block's window would not show."""
-    from transformers import AutoConfig
-
-    with models.spoken(folder):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    config = models.load_config(folder, trust_remote_code)
     text = config.get_text_config()
     for name in WINDOWS:
         if isinstance(getattr(text, name, None), int) and getattr(text, name) > WINDOW:
@@ -134,11 +128,6 @@ def _loaded(folder: Path, trust_remote_code: bool) -> PreTrainedModel:
 
 def _misfit(kind: type, why: str) -> str:
     return f"the cut checkpoint does not fit its class {kind.__name__}: {' '.join(why.split())[:300]}"
-
-
-def _kind(folder: Path) -> str:
-    config = models.config_dict(folder)
-    return str(models.text_config(config).get("model_type", config.get("model_type", "model")))
 
 
 def _reason_needed(source: Path) -> str | None:

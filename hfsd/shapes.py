@@ -88,17 +88,12 @@ def example(
     prompt: str, reference: str, group: str = "", history: tuple[Message, ...] = (), answer: str = ""
 ) -> Example:
     """An example whose id is a digest of what it says, so that exact duplicates have one id."""
-    said = [f"{m['role']}\x01{m['content']}" for m in history] + [prompt, reference]
-    return Example(
-        hashlib.sha256("\x00".join(said).encode()).hexdigest()[:16], prompt, reference, group, history, answer
-    )
+    return Example(_digest(history, prompt, reference), prompt, reference, group, history, answer)
 
 
 def _of_conversation(turns: list[Message]) -> list[Example]:
     """One example per assistant turn that answers a user turn; all of a conversation are one group."""
-    whole = "\x00".join(f"{m['role']}\x01{m['content']}" for m in turns)
-    group = hashlib.sha256(whole.encode()).hexdigest()[:16]
-    found = []
+    group, found = _digest(turns), []
     for at in range(1, len(turns)):
         asked, answered = turns[at - 1], turns[at]
         if (asked["role"], answered["role"]) == ("user", "assistant"):
@@ -106,6 +101,11 @@ def _of_conversation(turns: list[Message]) -> list[Example]:
             if prompt and reference:
                 found.append(example(prompt, reference, group, tuple(turns[: at - 1])))
     return found
+
+
+def _digest(turns: Sequence[Message], *texts: str) -> str:
+    said = [*(f"{m['role']}\x01{m['content']}" for m in turns), *texts]
+    return hashlib.sha256("\x00".join(said).encode()).hexdigest()[:16]
 
 
 def _of_row(row: Row, prompts: tuple[str, ...], reference: str) -> Example | None:

@@ -92,11 +92,8 @@ def described(folder: Path, trust_remote_code: bool = False) -> dict[str, Any]:
     Many files do: they say "every 6th layer", or nothing, and the class fills in `layer_types`. A cut has to slice the
     lists; the class would derive them anew, for other blocks than they were.
     """
-    from transformers import AutoConfig
-
     config, n_layers = models.config_dict(folder), models.depth(folder)
-    with models.spoken(folder):
-        made = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code).to_dict()
+    made = models.load_config(folder, trust_remote_code).to_dict()
     text = text_config(config)
     for name, value in text_config(made).items():
         if not isinstance(value, list) or not value or name in NOT_PER_BLOCK:
@@ -113,8 +110,7 @@ def refuse_unsound(config: dict[str, Any], kept: Sequence[int], n_layers: int) -
     Raises:
         Refusal: encoder-decoders, key-value sharing between blocks, a cadence or an index that the cut would shift.
     """
-    text = text_config(config)
-    kind = text.get("model_type", config.get("model_type", "unknown"))
+    text, kind = text_config(config), models.kind_of(config)
     if config.get("is_encoder_decoder"):
         raise Refusal(f"{kind} is an encoder-decoder; only decoder-only models can be cut")
     if len(kept) == n_layers:
