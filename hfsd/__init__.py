@@ -2,7 +2,7 @@
 
 `hfsd.run("recipe.yaml")` goes the whole way; `hfsd.results(run)` reads what it found and `hfsd.push(run, "NAME")`
 publishes it. Each stage is one function: `hfsd.scan.run`, `hfsd.prune.run`, `hfsd.rewrite.run`, `hfsd.train.run`,
-`hfsd.evaluate.run`, `hfsd.compare.run`, `hfsd.report.write`, `hfsd.publish.run`.
+`hfsd.merge.run`, `hfsd.evaluate.run`, `hfsd.compare.run`, `hfsd.report.write`, `hfsd.publish.run`.
 Everything is imported when it is first used, so that `import hfsd` costs nothing.
 """
 
@@ -11,13 +11,14 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from hfsd.records import STAGES
+
 if TYPE_CHECKING:
     from hfsd.family import Family
     from hfsd.pipeline import push, results, run
 
 __version__ = "0.1.0"
-STAGES = ("scan", "prune", "rewrite", "train", "evaluate", "compare", "report", "publish")
-__all__ = ["Family", "__version__", "push", "results", "run"]
+__all__ = ["STAGES", "Family", "__version__", "push", "results", "run"]
 
 _HOMES = {"run": "pipeline", "results": "pipeline", "push": "pipeline", "Family": "family"}
 

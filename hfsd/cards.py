@@ -2,8 +2,9 @@
 
 `facts` may hold, beside the results' own facts, which it overrides: `license`, `license_name`, `license_link`,
 `language` (code or list), `quantization` and `source` (of an original that was read from a GGUF), `limits` (sentences
-carried over from the original's card), `data_source`, `data_license`, `data_repo` (Hub id of the source data),
-`data_files` (file per configuration of the data set), `machine`, `trust_remote_code`. What is missing is not made up.
+carried over from the original's card), `data_source`, `data_license`, `data_repos` (Hub ids of the source data),
+`data_commits` (commit per Hub id of source data), `data_files` (file per configuration of the data set), `machine`,
+`trust_remote_code`. What is missing is not made up.
 """
 
 from __future__ import annotations
@@ -31,10 +32,14 @@ from hfsd.records import (
 __all__ = ["dataset_card", "model_card", "pictures", "space_card", "validate"]
 
 HUB = "https://huggingface.co"
-DATA_FILES = {CONFIGS[arm]: f"{CONFIGS[arm]}.parquet" for arm in ("self-distilled", "sft")}
+DATA_FILES = {config: f"{config}.parquet" for config in reversed(CONFIGS)}
 MEANINGS = {
     "self-distilled": "the original's own answers, and the reference answer where the rewrite was not acceptable",
     "reference": "the reference answers as they are: the same rows in the same order",
+}
+DROPPED = {
+    "self-distilled": "the original's own answers; rows whose rewrite was not acceptable are left out",
+    "reference": "the reference answers of the same rows in the same order",
 }
 COLUMNS = [
     ["column", "meaning"],
@@ -111,8 +116,13 @@ def model_card(results: Results, variant_id: str, repos: Mapping[str, str], fact
     )
 
 
-def dataset_card(results: Results, repos: Mapping[str, str], examples: Sequence[tuple[Example, Rewrite]]) -> str:
+def dataset_card(
+    results: Results, repos: Mapping[str, str], examples: Sequence[tuple[Example, Rewrite]], drawn: Sequence[str] = ()
+) -> str:
     """README.md of the rewritten set, with the examples that name no local path.
+
+    Args:
+        drawn: pictures beside README.md of how far the rewrites are from the references.
 
     Raises:
         BadRequest: no repo for it, or no rewritten set in the results.
@@ -122,8 +132,8 @@ def dataset_card(results: Results, repos: Mapping[str, str], examples: Sequence[
         raise BadRequest(f"run {results.name!r} has no rewritten data set to make a card for; run `hfsd rewrite` first")
     names = " and ".join(sorted(results.train_sets))
     source = results.facts.get("data_source")
-    original = _link(original_repo(results, repos)) or escape(_original_name(results))
     files = dict(results.facts.get("data_files") or DATA_FILES)
+    meanings = DROPPED if any(s.on_reject == "drop" for s in results.train_sets.values()) else MEANINGS
     shown = [(e, r) for e, r in examples if not LOCAL_PATH.search(f"{e.prompt}\n{e.reference}\n{r.text}")]
     return _render(
         "dataset",
@@ -131,14 +141,23 @@ def dataset_card(results: Results, repos: Mapping[str, str], examples: Sequence[
         title=repo.split("/")[-1],
         summary=(
             f"The fine-tuning set {escape(names)}{f' ({escape(without_paths(source))})' if source else ''} with its "
-            f"answers rewritten by {original} in its own words, where the rewrite is acceptable (self-data "
-            "distillation), made to recover a pruned copy of that model."
+            f"answers rewritten by {_rewriter(results, repos)} in its own words, where the rewrite is acceptable "
+            "(self-data distillation), made to recover a pruned copy of that model."
         ),
-        contents=[f"configuration {escape(name)}: {MEANINGS.get(name, 'see the columns')}" for name in files],
+        data_commits=[
+            f"{_link(repo, 'datasets/')} at commit {escape(commit)}"
+            for repo, commit in sorted((results.facts.get("data_commits") or {}).items())
+        ],
+        contents=[
+            *(f"configuration {escape(name)}: {_meaning(name, meanings)}" for name in files),
+            "rewrites.jsonl (of several data sets, one for each): every row's rewrite, used or not, with the reason, "
+            "tokens, engine, model and sampling",
+        ],
         columns=COLUMNS,
         sets=[
             (n, text.data_sentence(n, s), text.reasons_table(s), s.asked) for n, s in sorted(results.train_sets.items())
         ],
+        pictures=drawn,
         examples=[_example(e, r) for e, r in shown[:SHOWN_EXAMPLES]],
         headline=text.headline(results),
         license_sentence=_license_sentence(results.facts, "the source data", "data_license"),
@@ -162,6 +181,11 @@ def space_card(results: Results, repos: Mapping[str, str]) -> str:
         headline=text.headline(results),
         links=links,
     )
+
+
+def _meaning(name: str, meanings: Mapping[str, str]) -> str:
+    """Of a configuration, which is a text, or DATA-TEXT where there are several data sets."""
+    return next((said for text_, said in meanings.items() if name == text_ or name.endswith(f"-{text_}")), "see above")
 
 
 def _render(template: str, **values: Any) -> str:
@@ -191,6 +215,16 @@ def _original_name(results: Results) -> str:
     return without_paths(ref.repo) + (f" at {ref.revision}" if ref.revision else "")
 
 
+def _rewriter(results: Results, repos: Mapping[str, str]) -> str:
+    """The original with the commit, or the file, that it was read from. Markdown."""
+    repo, ref = original_repo(results, repos), results.original
+    if repo is None:
+        return escape(_original_name(results))
+    if repo != ref.repo:
+        return f"{_link(repo)} (read from {escape(_original_name(results))})"
+    return f"{_link(repo)} at commit {escape(ref.revision)}" if ref.revision else _link(repo)
+
+
 def _summary(results: Results, line: VariantSummary, repos: Mapping[str, str], facts: Mapping[str, Any]) -> str:
     """One or two sentences: what the model is and how much it recovers. Markdown."""
     arm = line.variant.arm
@@ -206,7 +240,11 @@ def _summary(results: Results, line: VariantSummary, repos: Mapping[str, str], f
         "sft": f"fine-tuned on the reference answers of {data} as they are",
         "self-distilled": f"fine-tuned on answers to {data} that the original rewrote in its own words "
         "(self-data distillation)",
-    }.get(arm, "merged from trained variants")
+        "sdd+kd": f"fine-tuned on the same rewrites of {data} towards the original's distribution over the next token "
+        "(self-data distillation with logit distillation)",
+        "on-policy": f"fine-tuned on its own answers to {data}, towards the original's distribution on them "
+        "(on-policy distillation)",
+    }.get(arm) or escape(results.merges[line.variant.id].sentence)
     return f"This is {what}, {how}. It recovers {score}."
 
 
@@ -229,7 +267,7 @@ def _training_data(results: Results, variant: Variant, train_set: TrainSet | Non
     if train_set is None:
         return f"{name}: the results hold no record of the data." if variant.arm in TRAINED_ARMS else ""
     if variant.arm == "sft":
-        return f"{name}: {text.plural(train_set.rows, 'row')} with the reference answers as they are."
+        return f"{name}: {text.plural(train_set.trained_rows, 'row')} with the reference answers as they are."
     return text.data_sentence(name, train_set)
 
 
@@ -239,12 +277,14 @@ def _training_sentence(results: Results, report: TrainReport) -> str:
     others = [t.variant.id for t in results.training if t.fairness and t.fairness == report.fairness]
     same = [i for i in others if i != report.variant.id]
     shared = f" Everything but the text is shared with {' and '.join(same)}." if same else ""
-    return f"A LoRA adapter, merged into the weights.{shared}"
+    how = {"full": "Every weight was trained.", "dora": "A DoRA adapter, merged into the weights."}
+    how["qlora"] = "A LoRA adapter, trained on a 4-bit copy and merged into the unquantised weights."
+    return f"{how.get(report.method, 'A LoRA adapter, merged into the weights.')}{shared}"
 
 
 def _hyperparameters(report: TrainReport) -> list[list[str]]:
     rows = [
-        ["LoRA parameters", text.count(report.lora_params)],
+        ["trained parameters", text.count(report.trained_params)],
         ["rows", f"{report.rows:,}"],
         ["optimizer steps", f"{report.steps:,}"],
         ["trained tokens", f"{report.tokens:,}"],

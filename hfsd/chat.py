@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hfsd.errors import BadRequest
 from hfsd.records import Example, Message
@@ -50,15 +50,36 @@ def answer_ids(tokenizer: PreTrainedTokenizerBase, messages: list[Message], answ
     return head, tokenizer(answer, add_special_tokens=False)["input_ids"]
 
 
+def trainable(tokenizer: PreTrainedTokenizerBase, prompt: list[Message], answer: str) -> dict[str, Any]:
+    """A row for TRL: `prompt` and `completion` as messages that the template shows whole.
+
+    TRL hands messages to the template as they are, which loses a system turn where the template has none: it is folded
+    here as `render` folds it. Without a template both are plain texts.
+    """
+    if not tokenizer.chat_template:
+        return {"prompt": render(tokenizer, prompt), "completion": answer}
+    return {
+        "prompt": _fitted(tokenizer, prompt, ask=True)[0],
+        "completion": [{"role": "assistant", "content": answer}],
+    }
+
+
 def _templated(tokenizer: PreTrainedTokenizerBase, messages: list[Message], ask: bool) -> str:
+    return _fitted(tokenizer, messages, ask)[1]
+
+
+def _fitted(tokenizer: PreTrainedTokenizerBase, messages: list[Message], ask: bool) -> tuple[list[Message], str]:
+    """The messages as the template takes them, its system turn folded where it has none, and the text."""
     text = _apply(tokenizer, messages, ask)
-    if messages[0]["role"] == "system" and len(messages) > 1 and (text is None or messages[0]["content"] not in text):
+    first = messages[0]
+    if first["role"] == "system" and len(messages) > 1 and (text is None or first["content"].strip() not in text):
         folded = f"{messages[0]['content']}\n\n{messages[1]['content']}"
-        text = _apply(tokenizer, [{"role": messages[1]["role"], "content": folded}, *messages[2:]], ask)
+        messages = [{"role": messages[1]["role"], "content": folded}, *messages[2:]]
+        text = _apply(tokenizer, messages, ask)
     if text is None:
         roles = ", ".join(m["role"] for m in messages)
         raise BadRequest(f"the model's chat template refuses the turns {roles}; fix chat_template in its tokenizer")
-    return text
+    return messages, text
 
 
 def _apply(tokenizer: PreTrainedTokenizerBase, messages: list[Message], ask: bool) -> str | None:

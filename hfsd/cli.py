@@ -184,7 +184,7 @@ def rewrite(
                 "rewrite": {"task": task} | ({"mode": mode} if mode else {}),
                 "prune": {"remove": "0:1"},  # a recipe names a cut; rewriting does not depend on it
             }
-            root = _run_stage(out, asked, sets, "rewrite")
+            root = _run_alone(out, asked, sets, "rewrite")
         folder = root / "rewrite" if (root / "rewrite").is_dir() else root
         if not (folder / "stats.json").is_file():
             raise BadRequest(f"{root} holds no finished rewrites; run `hfsd rewrite MODEL DATA --out {root}` first")
@@ -214,6 +214,42 @@ def _up_to(command: str, stage: str, what: str) -> None:
 _up_to("train", "train", "the training of its arms")
 _up_to("eval", "evaluate", "the evaluation of its variants")
 _up_to("compare", "compare", "the comparison of its variants with the original")
+
+
+@app.command()
+def merge(
+    parts: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Two or more models of one cut.")],
+    out: NewFolder,
+    method: Annotated[str, typer.Option("--method", help="slerp, or another method by mergekit's name.")] = "slerp",
+    t: Annotated[
+        list[str] | None,
+        typer.Option("--t", help="Share of the second of two models (0.5); of several, the least loss is kept."),
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", help="Held-out rows to score merges on; DATA as elsewhere.")
+    ] = None,
+    rows: Annotated[int, typer.Option("--rows", min=1, help="How many of them, from the first.")] = 64,
+    base: Annotated[
+        str | None, typer.Option("--base", help="What all were tuned from, for methods that merge differences.")
+    ] = None,
+    parameters: Annotated[
+        list[str] | None,
+        typer.Option("--parameter", metavar="NAME=VALUE", help="Another one of the method, such as density=0.5."),
+    ] = None,
+    trust_remote_code: RemoteCode = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Merge models that were tuned from one checkpoint into one."""
+    with spoken(debug, as_json) as say:
+        from hfsd import single
+        from hfsd.progress import quiet
+
+        quiet()
+        shares, further = _numbers("--t", t or ["0.5"]), _pairs("--parameter", parameters)
+        done = single.merge(parts, out, method, shares, data, rows, base, further, trust_remote_code)
+        print(f"{done.sentence}; in {out}")
+        say(checkpoint=str(out), report=done)
 
 
 @app.command()
@@ -287,21 +323,29 @@ def init(
 
 @app.command()
 def recipe(
-    name: Annotated[str | None, typer.Argument(help="Name of a packaged recipe; none: list them.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="A packaged recipe, or a config for `accelerate launch`; none: list them.")
+    ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Print a packaged recipe, or the names of all."""
+    """Print a packaged recipe or accelerate config, or the names of all."""
     with spoken(debug, as_json) as say:
         from hfsd import recipes
 
-        known = recipes.packaged()
-        if name is not None and name not in known:
-            raise BadRequest(f"no packaged recipe '{name}'{nearest(name, known)}; there are {', '.join(known)}")
-        text = "\n".join(known) + "\n" if name is None else recipes.source_text(name)[0]
+        known, launchers = recipes.packaged(), recipes.launchers()
+        if name is None:
+            text = "\n".join([*known, *(f"{one} (for accelerate launch)" for one in launchers)]) + "\n"
+        elif name in known:
+            text = recipes.source_text(name)[0]
+        elif name in launchers:
+            text = recipes.launcher_text(name)
+        else:
+            every = [*known, *launchers]
+            raise BadRequest(f"no packaged recipe '{name}'{nearest(name, every)}; there are {', '.join(every)}")
         if not as_json:
             print(text, end="")
-        say(recipes=known, **({} if name is None else {"recipe": text}))
+        say(recipes=known, launchers=launchers, **({} if name is None else {"recipe": text}))
 
 
 def main() -> None:
@@ -316,6 +360,21 @@ def _refuse_existing(out: Path) -> None:
     """Told before anything is paid for."""
     if out.exists():
         raise BadRequest(f"{out} is there already; give another --out, or remove it first")
+
+
+def _numbers(option: str, words: list[str]) -> list[float]:
+    """Numbers of an option that may be repeated, hold a comma list, or both."""
+    try:
+        return [float(part) for word in words for part in word.split(",")]
+    except ValueError:
+        raise BadRequest(f"{option} {','.join(words)}: give numbers, such as 0.5 or 0.3,0.5,0.7") from None
+
+
+def _pairs(option: str, words: list[str] | None) -> dict[str, str]:
+    pairs = dict(word.partition("=")[::2] for word in words or [])
+    if bad := next((name for name, value in pairs.items() if not name or not value), None):
+        raise BadRequest(f"{option} {bad}: write it as NAME=VALUE, such as density=0.5")
+    return pairs
 
 
 def _recipe(
@@ -343,9 +402,9 @@ def _recipe(
     return made
 
 
-def _run_stage(out: Path, asked: dict[str, Any], sets: list[str] | None, until: str) -> Path:
+def _run_alone(out: Path, asked: dict[str, Any], sets: list[str] | None, stage: str) -> Path:
     from hfsd import pipeline, recipes
     from hfsd.recipe import slug
 
     made: Recipe = recipes.validate({"name": slug(out.name), **asked}, "arguments", sets)
-    return pipeline.run(made, out=out, until=until)
+    return pipeline.run(made, out=out, only=stage)

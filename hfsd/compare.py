@@ -97,7 +97,24 @@ def _shifts(
     variants: Sequence[Variant],
     advance: Advance,
 ) -> list[Shift]:
-    """KL(original || variant) over the tokens of the original's own answers, one prompt at a time to bound memory."""
+    """KL(original || variant) over the tokens of the original's own answers, one prompt at a time to bound memory.
+
+    Variants on the family's own weights are asked together; each whole checkpoint by itself, since one is held at once.
+    """
+    groups = [[v for v in variants if v.id not in family.checkpoints]]
+    groups += [[v] for v in variants if v.id in family.checkpoints]
+    found = [s for g in groups if g for s in _shifts_of(family, tokenizer, prompts, answers, g, advance)]
+    return sorted(found, key=lambda s: variants.index(s.variant))
+
+
+def _shifts_of(
+    family: Family,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Example],
+    answers: Mapping[str, str],
+    variants: Sequence[Variant],
+    advance: Advance,
+) -> list[Shift]:
     kls: dict[str, list[float]] = {v.id: [] for v in variants}  # mean over a prompt's tokens
     agree: dict[str, int] = dict.fromkeys(kls, 0)
     counts: list[int] = []

@@ -71,7 +71,7 @@ def passages(recipe: Data) -> list[Passage]:
     conversations.
 
     Raises:
-        BadRequest: as `load`; or a row holds no text or no messages (by number).
+        BadRequest: as `load`; or no row holds text or messages.
     """
     if recipe.source.startswith("gym:"):
         found: list[Passage] = [chat.conversation(e) for e in _from_gym(recipe)]
@@ -88,6 +88,11 @@ def passages(recipe: Data) -> list[Passage]:
     if not unique:
         raise BadRequest(f"{recipe.source} has no usable text: {len(found)} rows, all empty")
     return [unique[k] for k in sorted(unique, key=lambda k: _rank(recipe.seed, "passage", k))]
+
+
+def commit(recipe: Data) -> str | None:
+    """The Hub commit whose rows are read; None for what is not on the Hub, and where the Hub does not tell."""
+    return hub.dataset_commit(recipe.source, recipe.revision) if is_hub(recipe.source) else None
 
 
 def split(examples: Sequence[Example], recipe: Data) -> Splits:
@@ -159,7 +164,7 @@ def _read_file(source: str) -> list[dict[str, Any]]:
     try:
         text = path.read_bytes().decode("utf-8-sig")  # line ends inside a CSV field stay as they are
         if path.suffix == ".csv":
-            csv.field_size_limit(len(text) + 1)  # the library's own limit is 128 KB
+            csv.field_size_limit(max(csv.field_size_limit(), len(text) + 1))  # 128 KB at first; the whole process's
             return list(csv.DictReader(io.StringIO(text, newline="")))
         if path.suffix not in (".json", ".jsonl"):
             return [{"text": text}]

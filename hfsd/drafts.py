@@ -12,13 +12,14 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from hfsd import chat, checks
 from hfsd.checks import Draft
-from hfsd.engines import Engine, Request, Sampling
+from hfsd.engines import Batch, Completion, Engine, Request, Sampling
 from hfsd.errors import BadRequest, HfsdError
 from hfsd.progress import Advance, track
 from hfsd.recipe import Rewrite as RewriteRecipe
@@ -27,7 +28,8 @@ from hfsd.records import Example, Message
 MODES = ("reference", "few-shot", "self")  # what `best` chooses from
 SHOTS, SHOT_ROWS = 3, 16  # worked rewrites in a few-shot prompt, and rows tried to find them
 Shot = tuple[Example, str]
-Similarity = Callable[[str, str], float]
+Told = Callable[[list[Draft], float | None], None]  # drafts of a batch, and its seconds; None: an earlier process's
+Similarity = Callable[[Sequence[str], Sequence[str]], list[float]]
 
 
 class Drafts:
@@ -36,7 +38,7 @@ class Drafts:
     Args:
         engine: makes the generator; not called where the log holds every batch.
         key: seeds the batches, with the recipe's seed and each batch's place.
-        similarity: of a text to its reference, 0 to 1.
+        similarity: of each text to its reference, 0 to 1.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class Drafts:
         self.judged: dict[str, list[tuple[Draft, str]]] = {}  # row -> its drafts, each with its verdict
         self.accepted: set[tuple[str, str]] = set()  # (row, mode) with an acceptable draft
         self.reference_nats: dict[str, float | None] = {}
+        self.seconds = 0.0  # of generating and scoring, in this process and in those before it
         self._make = engine
         self._engine: Engine | None = None
         self._done = _finished(log)
@@ -78,7 +81,7 @@ class Drafts:
         """Worked rewrites of rows that are not trained on: acceptable ones with the reference as a guide."""
         tried = list(spare[:SHOT_ROWS])
         with track("shots", len(tried), "rows") as advance:
-            self._round("shots", "reference", tried, [], lambda made: advance(len(made)))
+            self._round("shots", "reference", tried, [], lambda made, took: advance(len(made), earlier=took is None))
         found = [(row, self.chosen(row)[0].text) for row in tried if (row.id, "reference") in self.accepted][:SHOTS]
         if len(found) >= 2:
             return found
@@ -88,41 +91,61 @@ class Drafts:
         print(f"rewrite: {why}, so the best is taken of two modes, without few-shot", file=sys.stderr)
         return []
 
-    def _round(
-        self, name: str, mode: str, rows: Sequence[Example], shots: list[Shot], told: Callable[[list[Draft]], None]
-    ) -> None:
-        for number, members in enumerate(plan_batches(rows, self.recipe.batch_rows)):
-            batch = [rows[i] for i in members]
-            record = self._done.get((name, number))
-            if record is None:
-                record = self._generated(name, number, mode, batch, shots)
-                _append(self.log, record)
-            if [d["id"] for d in record["drafts"]] != [r.id for r in batch]:
-                raise HfsdError(f"{self.log}: batch {name} {number} is of other rows; make it again: --redo rewrite")
-            self.reference_nats |= record["references"]
-            drafts = [Draft(**d) for d in record["drafts"]]
-            for draft, row in zip(drafts, batch, strict=True):
-                verdict = checks.verdict(draft, row, self.reference_nats[row.id], self.recipe)
-                self.judged.setdefault(row.id, []).append((draft, verdict))
-                if verdict == checks.KEPT:
-                    self.accepted.add((row.id, mode))
-            told(drafts)
-
-    def _generated(
-        self, name: str, number: int, mode: str, batch: Sequence[Example], shots: list[Shot]
-    ) -> dict[str, Any]:
+    def _round(self, name: str, mode: str, rows: Sequence[Example], shots: list[Shot], told: Told) -> None:
+        """One draft of every row: those of the log first, then the batches that it does not hold."""
+        plan = [[rows[i] for i in members] for members in plan_batches(rows, self.recipe.batch_rows)]
+        absent = [number for number in range(len(plan)) if (name, number) not in self._done]
+        for number in sorted(set(range(len(plan))) - set(absent)):
+            told(self._taken(self._done[name, number], mode, plan[number]), None)
+        if not absent:
+            return
         engine = self._engine = self._engine or self._make()
-        asked = [Request(row.id, messages(row, self.recipe.task, mode, shots)) for row in batch]
-        made = engine.generate(asked, self._sampling, _seed(f"{self.key} {self.recipe.seed} {name}/{number}"))
+        planned = (self._planned(f"{name}/{number}", mode, plan[number], shots) for number in absent)
+        start = time.perf_counter()
+        with closing(engine.stream(planned, self._sampling)) as made:
+            for place, completions in made:
+                number = absent[place]
+                record = {"round": name, "batch": number, **self._measured(engine, mode, plan[number], completions)}
+                end = time.perf_counter()
+                # Batches may overlap: each is counted from the end of the one before, so that all sum up to the time.
+                record["seconds"], start = round(end - start, 3), end
+                _append(self.log, record)
+                told(self._taken(record, mode, plan[number]), record["seconds"])
+
+    def _planned(self, place: str, mode: str, rows: Sequence[Example], shots: list[Shot]) -> Batch:
+        asked = [Request(row.id, messages(row, self.recipe.task, mode, shots, self.recipe.prompts)) for row in rows]
+        return Batch(asked, _seed(f"{self.key} {self.recipe.seed} {place}"))
+
+    def _measured(
+        self, engine: Engine, mode: str, batch: Sequence[Example], made: Sequence[Completion]
+    ) -> dict[str, Any]:
+        """The drafts with their likelihood and similarity, and the likelihoods of references that have none yet."""
         new = [row for row in batch if row.id not in self.reference_nats]
         pairs = [(chat.asked(row), c.text) for row, c in zip(batch, made, strict=True)]
         nats = engine.nats([*pairs, *((chat.asked(row), row.reference) for row in new)])
         known = dict(zip((row.id for row in new), nats[len(batch) :], strict=True))
+        alike = self.similarity([c.text for c in made], [row.reference for row in batch])
         drafts = [
-            Draft(c.id, c.text, c.n_tokens, c.finish, mode, n, round(self.similarity(c.text, row.reference), 4))
-            for c, row, n in zip(made, batch, nats, strict=False)
+            Draft(c.id, c.text, c.n_tokens, c.finish, mode, n, round(s, 4))
+            for c, n, s in zip(made, nats, alike, strict=False)
         ]
-        return {"round": name, "batch": number, "drafts": [asdict(d) for d in drafts], "references": known}
+        return {"drafts": [asdict(d) for d in drafts], "references": known}
+
+    def _taken(self, record: dict[str, Any], mode: str, batch: Sequence[Example]) -> list[Draft]:
+        """The drafts of a batch of the log, judged."""
+        if [d["id"] for d in record["drafts"]] != [r.id for r in batch]:
+            raise HfsdError(
+                f"{self.log}: batch {record['round']} {record['batch']} is of other rows; make it again: --redo rewrite"
+            )
+        self.seconds += record.get("seconds", 0.0)  # an older log does not tell
+        self.reference_nats |= record["references"]
+        drafts = [Draft(**d) for d in record["drafts"]]
+        for draft, row in zip(drafts, batch, strict=True):
+            verdict = checks.verdict(draft, row, self.reference_nats[row.id], self.recipe)
+            self.judged.setdefault(row.id, []).append((draft, verdict))
+            if verdict == checks.KEPT:
+                self.accepted.add((row.id, mode))
+        return drafts
 
 
 class _Live:
@@ -130,26 +153,29 @@ class _Live:
 
     def __init__(self, drafts: Drafts, advance: Advance, rows: Sequence[Example], counts: bool) -> None:
         self.drafts, self.advance, self.rows, self.counts = drafts, advance, {r.id for r in rows}, counts
-        self.start = time.perf_counter()
-        self.tokens = 0
+        self.tokens, self.seconds = 0, 0.0
 
-    def __call__(self, made: list[Draft]) -> None:
+    def __call__(self, made: list[Draft], seconds: float | None) -> None:
         done = self.rows & self.drafts.judged.keys()
-        accepted = len(done & {row for row, _ in self.drafts.accepted}) / len(done)
-        self.tokens += sum(d.n_tokens for d in made)
-        rate = self.tokens / max(1e-9, time.perf_counter() - self.start)
-        self.advance(len(made) if self.counts else 0, note=f"{accepted:.0%} accepted, {rate:.0f} tokens/s")
+        note = f"{len(done & {row for row, _ in self.drafts.accepted}) / len(done):.0%} accepted"
+        if seconds is not None:
+            self.tokens += sum(d.n_tokens for d in made)
+            self.seconds += seconds
+            note += f", {self.tokens / max(1e-3, self.seconds):.0f} tokens/s"
+        self.advance(len(made) if self.counts else 0, note=note, earlier=seconds is None)
 
 
-def messages(row: Example, task: str, mode: str, shots: Sequence[Shot] = ()) -> list[Message]:
-    """What the original is asked for a row.
+def messages(
+    row: Example, task: str, mode: str, shots: Sequence[Shot] = (), prompts: str | None = None
+) -> list[Message]:
+    """What the original is asked for a row, in the words of prompts.yaml or of the file `prompts`.
 
-    `reference`: prompts.yaml's text with the row's prompt and reference in it. `few-shot`: the same behind worked
+    `reference`: its text with the row's prompt and reference in it. `few-shot`: the same behind worked
     rewrites. `self`: the row's own turns, and nothing else.
     """
     if mode == "self":
         return chat.asked(row)
-    texts = checks.prompts()[task]
+    texts = checks.prompts(prompts)[task]
     history, system = list(row.history), texts["system"]
     if history and history[0]["role"] == "system":
         system = f"{history.pop(0)['content']}\n\n{system}"
@@ -157,6 +183,11 @@ def messages(row: Example, task: str, mode: str, shots: Sequence[Shot] = ()) -> 
     for example, text in shots if mode == "few-shot" else ():
         worked += [_asked(texts["user"], example), {"role": "assistant", "content": text}]
     return [{"role": "system", "content": system}, *worked, *history, _asked(texts["user"], row)]
+
+
+def overlaps(texts: Sequence[str], references: Sequence[str]) -> list[float]:
+    """The similarity that needs no model: words in common."""
+    return [checks.overlap(text, reference) for text, reference in zip(texts, references, strict=True)]
 
 
 def plan_batches(rows: Sequence[Example], size: int) -> list[list[int]]:

@@ -16,25 +16,34 @@ if TYPE_CHECKING:
 
 
 class Family:
-    """The variants of one original. Memory: the original, plus the adapters.
+    """The variants of one original. Memory: the original, plus the adapters, plus one whole checkpoint where in use.
 
     Args:
         original: the unpruned model; it is never changed.
         kept: indices of the blocks that the pruned model keeps, in the original's numbering.
         adapters: variant id -> folder of a PEFT adapter trained on the pruned model.
+        checkpoints: variant id -> folder of a checkpoint that is no adapter: every weight trained, or merged.
     """
 
-    def __init__(self, original: PreTrainedModel, kept: Sequence[int], adapters: Mapping[str, Path]) -> None:
+    def __init__(
+        self,
+        original: PreTrainedModel,
+        kept: Sequence[int],
+        adapters: Mapping[str, Path],
+        checkpoints: Mapping[str, Path] | None = None,
+    ) -> None:
         self.original = original
         self.pruned: PreTrainedModel = surgery.view(original, kept)
         self.arms: PeftModel | None = None
+        self.checkpoints = dict(checkpoints or {})
+        self._whole: tuple[str, PreTrainedModel] | None = None
         for name, folder in adapters.items():
             self._add(name, folder)
 
     @property
     def ids(self) -> list[str]:
-        """Variant ids, in the one order: original, pruned, then the arms as they were given."""
-        return ["original", "pruned", *(self.arms.peft_config if self.arms else ())]
+        """Variant ids: original, pruned, then the arms as they were given, adapters first."""
+        return ["original", "pruned", *(self.arms.peft_config if self.arms else ()), *self.checkpoints]
 
     def params(self, variant: str) -> int:
         """Parameters of a variant once merged: an arm has those of the pruned model."""
@@ -50,6 +59,8 @@ class Family:
             raise BadRequest(f"no variant '{variant}' here; there are {', '.join(self.ids)}")
         if variant == "original":
             yield self.original
+        elif variant in self.checkpoints:
+            yield self._loaded(variant)
         elif self.arms is None:
             yield self.pruned
         elif variant == "pruned":
@@ -58,6 +69,14 @@ class Family:
         else:
             self.arms.set_adapter(variant)
             yield self.arms
+
+    def _loaded(self, variant: str) -> PreTrainedModel:
+        """A whole checkpoint, in the original's type; the one used before is let go."""
+        if self._whole is None or self._whole[0] != variant:
+            self._whole = None
+            dtype = str(self.original.dtype).removeprefix("torch.")
+            self._whole = (variant, models.load(self.checkpoints[variant], dtype))
+        return self._whole[1]
 
     def _add(self, name: str, folder: Path) -> None:
         from peft import PeftModel

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +32,8 @@ COLOURS = {
     "pruned": "#E69F00",
     "sft": "#CC79A7",
     "self-distilled": "#009E73",
+    "sdd+kd": "#8C6D1F",
+    "on-policy": "#5B4B8A",
     "merged": "#56B4E9",
 }
 CHOICE = "#D55E00"  # vermilion, used for nothing else: the cut that was made
@@ -68,6 +71,12 @@ def draw(results: Results, out: Path) -> list[str]:
 def draw_rewrites(pairs: Sequence[tuple[Example, Rewrite]], out: Path) -> None:
     """`shift.png`: how long, how like and how likely the rewrites are beside their references."""
     _save({"shift.png": lambda: rewrite_shift(pairs)}, out)
+
+
+def draw_loss(training: Sequence[TrainReport], out: Path) -> None:
+    """`loss.png`: the training loss over the steps."""
+    if any(t.losses for t in training):
+        _save({"loss.png": lambda: loss(training)}, out)
 
 
 def draw_scan(scores: BlockScores, scan: Scan | None, out: Path) -> None:
@@ -159,28 +168,62 @@ def block_scores(scores: BlockScores, plan: PrunePlan | None) -> Figure:
 
 
 def rewrite_shift(pairs: Sequence[tuple[Example, Rewrite]]) -> Figure:
-    """Histograms over the rows: change of length, similarity and, where measured, likelihood under the original."""
+    """Histograms over all rewrites: lengths, their ratio, similarity and, where measured, perplexity.
+
+    Perplexity, that of the original, is drawn on the scale of its logarithm, the loss in nats per token.
+    """
     rewrites = [r for _, r in pairs]
     both = [(r.reference_nats, r.nats) for r in rewrites if r.reference_nats is not None and r.nats is not None]
-    figure = _figure(7.6, 6.2 if both else 4.2, 3 if both else 2)
-    length, similarity, *likelihood = figure.axes
-    growth = [len(r.text) / max(1, len(e.reference)) for e, r in pairs]
-    length.hist([min(g, 4.0) for g in growth], bins=40, range=(0, 4), color=COLOURS["self-distilled"])
-    length.set_xlabel("characters of the rewrite over those of the reference (4: 4 and more)")
+    figure = _figure(7.6, 8.4 if both else 6.2, 4 if both else 3)
+    length, ratio, similarity, *likelihood = figure.axes
+    sizes = [(len(e.reference), len(r.text)) for e, r in pairs]
+    top = _high(sizes)
+    _two_histograms(
+        length, [(min(a, top), min(b, top)) for a, b in sizes], top, [f"mean {m:,.0f}" for m in _means(sizes)]
+    )
+    length.set_xlabel(f"characters ({top:,}: {top:,} and more)")
+    growth = [b / max(1, a) for a, b in sizes]
+    ratio.hist([min(g, 4.0) for g in growth], bins=40, range=(0, 4), color=COLOURS["self-distilled"])
+    ratio.set_xlabel("characters of the rewrite over those of the reference (4: 4 and more)")
     similarity.hist([r.similarity for r in rewrites], bins=40, range=(0, 1), color=COLOURS["self-distilled"])
     similarity.set_xlabel("similarity of rewrite and reference (0 to 1)")
     for axes in likelihood:
-        top = max(max(pair) for pair in both) * 1.02
-        for at, (name, arm) in enumerate((("reference", "sft"), ("rewrite", "self-distilled"))):
-            values = [pair[at] for pair in both]
-            told = f"{name}, mean {sum(values) / len(values):.2f}"
-            axes.hist(values, bins=40, range=(0, top), alpha=0.65, color=COLOURS[arm], label=told)
-        axes.set_xlabel("loss under the original, given the prompt alone (nats per token)")
-        axes.legend(frameon=False)
+        _perplexity(axes, both)
     for axes in figure.axes:
         axes.set_ylabel("rows")
-    length.set_title(f"How far the original's words are from the references (n = {len(pairs)})")
+    length.set_title(f"How far the original's words are from the references ({plural(len(pairs), 'row')}, used or not)")
     return figure
+
+
+def _two_histograms(axes: Any, pairs: Sequence[tuple[float, float]], top: float, told: Sequence[str]) -> None:
+    """References and rewrites on one axis from 0 to `top`, with what is told of each."""
+    for at, (name, arm) in enumerate((("references", "sft"), ("rewrites", "self-distilled"))):
+        values, label = [pair[at] for pair in pairs], f"{name}, {told[at]}"
+        axes.hist(values, bins=40, range=(0, top), alpha=0.65, color=COLOURS[arm], label=label)
+    axes.legend(frameon=False)
+
+
+def _means(pairs: Sequence[tuple[float, float]]) -> list[float]:
+    return [sum(side) / len(side) for side in zip(*pairs, strict=True)]
+
+
+def _perplexity(axes: Any, nats: Sequence[tuple[float, float]]) -> None:
+    """Losses of references and rewrites, ticked with the perplexities below and with the losses above."""
+    top = max(1e-3, max(max(pair) for pair in nats)) * 1.02
+    _two_histograms(axes, nats, top, [f"mean loss {m:.2f} nats (perplexity {math.exp(m):,.1f})" for m in _means(nats)])
+    axes.set_xlim(0, top)
+    marks = [m * 10**power for power in range(1 + int(top / math.log(10))) for m in (1, 2, 5)]
+    marks = [m for m in marks if math.log(m) <= top]
+    step = math.ceil(len(marks) / 12)
+    axes.set_xticks([math.log(m) for m in marks[::step]], [f"{m:,}" for m in marks[::step]])
+    axes.set_xlabel("perplexity under the original, given the prompt alone")
+    axes.secondary_xaxis("top").set_xlabel("loss (nats per token)", fontsize=9)
+
+
+def _high(sizes: Sequence[tuple[int, int]]) -> int:
+    """An end of the axis that leaves no more than 2% of the values behind it."""
+    values = sorted(n for pair in sizes for n in pair)
+    return max(1, values[math.ceil(0.98 * len(values)) - 1])
 
 
 def candidates(scan: Scan, plan: PrunePlan) -> Figure:

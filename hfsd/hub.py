@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from hfsd.errors import BadRequest, HfsdError
 
+COMMIT = re.compile(r"[0-9a-f]{40}")
 # What a checkpoint needs: no pickles, no other frameworks' copies of the weights.
 WANTED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py", "README.md"]
 
@@ -54,15 +57,49 @@ def file(repo: str, name: str, revision: str | None) -> Path:
 def dataset_rows(
     source: str, config: str | None, split: str, revision: str | None, first: int | None = None
 ) -> list[dict[str, Any]]:
-    """The rows of one split of a Hub dataset: all of them, or only the `first` ones, streamed."""
-    import datasets
+    """The rows of one split of a Hub dataset: all of them, or only the `first` ones, streamed.
 
-    with _spoken(f"dataset {source}"):
+    Raises:
+        BadRequest: no such dataset, configuration, split or revision, or files that `datasets` cannot read.
+        HfsdError: the Hub cannot be reached, and the cache does not hold the rows or does not tell their revision.
+    """
+    import datasets
+    from datasets.exceptions import DatasetGenerationError, DatasetsError
+    from datasets.packaged_modules.cache.cache import Cache
+
+    asked = {"config": config, "split": split, "revision": revision}
+    what = f"dataset {source} ({', '.join(f'{k} {v}' for k, v in asked.items() if v)})"
+    with _spoken(what):
         try:
-            found = datasets.load_dataset(source, config, split=split, revision=revision, streaming=first is not None)
-            return list(found if first is None else found.take(first))
-        except (ValueError, FileNotFoundError, ConnectionError) as error:
-            raise BadRequest(f"dataset {source}: {' '.join(str(error).split())[:300]}") from error
+            builder = datasets.load_dataset_builder(source, config, revision=revision)
+            if revision and isinstance(builder, Cache):
+                # It takes the rows that were cached last, of whatever revision.
+                raise HfsdError(f"{what}: the Hub cannot be reached, and the cache does not tell revisions apart")
+            if first is not None:
+                # Not take(first): that fetches the next row group or file before it stops.
+                return list(islice(builder.as_streaming_dataset(split), first))
+            builder.download_and_prepare()
+            return list(builder.as_dataset(split))
+        except (DatasetsError, ValueError, FileNotFoundError, RuntimeError) as error:
+            why = error.__cause__ or error if isinstance(error, DatasetGenerationError) else error
+            told = " ".join(str(why).split()).partition(" Example of usage")[0][:300].rstrip(".")
+            raise BadRequest(
+                f"{what}: {told}; check data.source, data.config, data.split and data.revision, "
+                "or run `hf auth login` if it is private"
+            ) from error
+
+
+def dataset_commit(source: str, revision: str | None) -> str | None:
+    """The commit of a dataset's revision; None where the Hub does not tell: rows may be in the cache, or never read."""
+    from huggingface_hub import HfApi
+
+    if revision is not None and COMMIT.fullmatch(revision):
+        return revision
+    try:
+        with _spoken(f"dataset {source}{f'@{revision}' if revision else ''}"):
+            return HfApi().dataset_info(source, revision=revision).sha
+    except HfsdError:
+        return None
 
 
 def whoami() -> str:

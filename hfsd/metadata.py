@@ -88,7 +88,7 @@ def of_model(results: Results, variant: Variant, repos: Mapping[str, str], facts
     tags = ["hfsd"] if variant.arm == "original" else ["hfsd", "layer-pruning"]
     if variant.arm == "self-distilled":
         tags.append("self-data-distillation")
-    data = [facts.get("data_repo"), repo_of(repos, "dataset") if "dataset" in repos else None]
+    data = [*(facts.get("data_repos") or ()), repo_of(repos, "dataset") if "dataset" in repos else None]
     card = ModelCardData(
         language=facts.get("language"),
         license=facts.get("license"),
@@ -110,7 +110,7 @@ def of_dataset(results: Results, repos: Mapping[str, str], files: Mapping[str, s
     """Front matter of the dataset card; `files` names the file of each configuration; the first is the default."""
     from huggingface_hub import DatasetCardData
 
-    rows = sum(s.rows for s in results.train_sets.values())
+    rows = sum(s.trained_rows for s in results.train_sets.values())
     configs: list[dict[str, Any]] = []
     for name, path in files.items():
         configs.append({"config_name": name, "data_files": [{"split": "train", "path": path}]})

@@ -25,14 +25,17 @@ from typing import TYPE_CHECKING, Any
 from hfsd import hub, processes
 from hfsd.errors import BadRequest, HfsdError, Refusal
 from hfsd.recipe import Model
-from hfsd.records import ModelRef
+from hfsd.records import ModelRef, Provenance
+from hfsd.records import load as load_record
 from hfsd.rundir import new_folder, sha256, write_atomic
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers.utils.quantization_config import QuantizationConfigMixin
 
+PROVENANCE = "hfsd.json"  # beside a cut checkpoint's weights
 DEPTH_FIELDS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 PACKAGE = re.compile(r"^package:(?P<dist>[A-Za-z0-9._-]+)==(?P<version>[A-Za-z0-9.]+)/(?P<file>.+)$")
 QUANTISED = re.compile(r"\.(Q\d\w*|IQ\d\w*|F16|BF16|F32)\.gguf$", re.IGNORECASE)
@@ -111,6 +114,20 @@ def config_dict(folder: Path) -> dict[str, Any]:
     return config
 
 
+def provenance(folder: Path) -> Provenance | None:
+    """Whose blocks a checkpoint keeps; None: it does not say, as a model that was never cut.
+
+    Raises:
+        BadRequest: its hfsd.json is damaged.
+    """
+    if not (folder / PROVENANCE).is_file():
+        return None
+    try:
+        return load_record(Provenance, folder / PROVENANCE)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise BadRequest(f"{folder / PROVENANCE} is damaged ({error}); restore it, or cut the original again") from None
+
+
 def text_config(config: dict[str, Any]) -> dict[str, Any]:
     """The part of a config that describes the decoder: `text_config` of multimodal models, else all of it."""
     return config["text_config"] if isinstance(config.get("text_config"), dict) else config
@@ -159,6 +176,8 @@ def load(
     trust_remote_code: bool = False,
     device_map: str | dict[str, Any] | None = None,
     config: PreTrainedConfig | None = None,
+    attention: str | None = None,
+    quantization: QuantizationConfigMixin | None = None,
 ) -> PreTrainedModel:
     """The model in a folder, in eval mode, on the device at hand.
 
@@ -166,6 +185,8 @@ def load(
         dtype: `auto` is bfloat16 where the device computes it natively, float32 on a CPU.
         device_map: `auto` spreads the blocks over all devices, CPU and disk (accelerate); None: one device.
         config: instead of the folder's own.
+        attention: transformers' name of an attention implementation; None: its own choice.
+        quantization: how the weights are quantised while they are read; None: not at all.
 
     Raises:
         BadRequest: keys are missing or left over, which from_pretrained would fill with random numbers.
@@ -177,6 +198,8 @@ def load(
     target = device()
     if dtype == "auto":
         dtype = "float32" if target.type in ("cpu", "mps") else "bfloat16"
+    if quantization is not None:
+        device_map = {"": target}  # quantised weights cannot be moved
     with spoken(folder):
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -185,6 +208,8 @@ def load(
             trust_remote_code=trust_remote_code,
             device_map=device_map,
             config=config,
+            attn_implementation=attention,
+            quantization_config=quantization,
             output_loading_info=True,
         )
     if bad := sorted(info["missing_keys"]) + sorted(info["unexpected_keys"]):

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from datetime import timedelta
 from itertools import islice
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 R = TypeVar("R")
+PATIENCE = timedelta(days=7)
 
 
 def count() -> int:
@@ -45,6 +47,23 @@ def spread(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
         yield from gather_object(mine)
 
 
+def same(make: Callable[[], T]) -> T:
+    """What process 0 makes, on every process. Others wait for it, as long as it takes."""
+    if count() == 1:
+        return make()
+    from accelerate.utils import broadcast_object_list
+
+    _connect()
+    held: list[Any] = [make() if rank() == 0 else None]
+    return broadcast_object_list(held)[0]
+
+
+def wait() -> None:
+    """Returns when every process has come here."""
+    if count() > 1:
+        same(lambda: None)
+
+
 def leave() -> None:
     """Ends the work together: a process whose peer is gone while it still talks to it may be aborted."""
     if count() == 1 or "accelerate" not in sys.modules:
@@ -62,7 +81,8 @@ def _stated(names: tuple[str, ...], otherwise: int) -> int:
 
 
 def _connect() -> None:
+    """Joins the processes; what one of them does alone, such as rewriting, may take hours."""
     import torch
     from accelerate import PartialState
 
-    PartialState(cpu=not torch.accelerator.is_available())
+    PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)

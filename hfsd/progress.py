@@ -16,7 +16,11 @@ Advance = Callable[..., None]
 
 @contextmanager
 def track(stage: str, total: int, unit: str) -> Iterator[Advance]:
-    """Yields `advance(n=1, note="", total=None)`, in `unit`s such as rows; a later `total` replaces the first."""
+    """Yields `advance(n=1, note="", total=None, earlier=False)`, in `unit`s such as rows.
+
+    A later `total` replaces the first. `earlier`: an earlier process did these, so they tell nothing of the rate; all
+    such come first.
+    """
     shown = _lines if processes.rank() or not sys.stderr.isatty() else _bar
     with shown(stage, total, unit) as advance:
         yield advance
@@ -45,13 +49,19 @@ def _bar(stage: str, total: int, unit: str) -> Iterator[Advance]:
         TimeRemainingColumn(elapsed_when_finished=True),
         TextColumn("{task.fields[note]}"),
     )
-    start = time.perf_counter()
+    start, before = time.perf_counter(), 0
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task(stage, total=total, note="", rate="")
 
-        def advance(n: int = 1, note: str = "", total: int | None = None) -> None:
+        def advance(n: int = 1, note: str = "", total: int | None = None, earlier: bool = False) -> None:
+            nonlocal start, before
+            if earlier:
+                before += n
+                progress.reset(task, total=total, completed=before, note=note, rate="")
+                start = time.perf_counter()
+                return
             progress.update(task, advance=n, note=note, total=total)
-            done = progress.tasks[task].completed
+            done = progress.tasks[task].completed - before
             progress.update(task, rate=f"{done / max(time.perf_counter() - start, 1e-9):.2g}/s")
 
         yield advance
@@ -60,16 +70,21 @@ def _bar(stage: str, total: int, unit: str) -> Iterator[Advance]:
 @contextmanager
 def _lines(stage: str, total: int, unit: str) -> Iterator[Advance]:
     start = last = time.perf_counter()
-    done, goal = 0, total
+    done, goal, before = 0, total, 0
 
-    def advance(n: int = 1, note: str = "", total: int | None = None) -> None:
-        nonlocal done, last, goal
+    def advance(n: int = 1, note: str = "", total: int | None = None, earlier: bool = False) -> None:
+        nonlocal done, last, goal, before, start
         done, goal = done + n, goal if total is None else total
         now = time.perf_counter()
+        if earlier:
+            before, start = before + n, now
         if processes.rank() or (now - last < LOG_EVERY and done < goal):
             return  # of several processes, the first one speaks
-        last, rate = now, done / max(now - start, 1e-9)
-        left = f"{(goal - done) / rate:.0f} s left" if done < goal else f"{now - start:.0f} s"
+        last, rate = now, (done - before) / max(now - start, 1e-9)
+        if done < goal:
+            left = f"{(goal - done) / rate:.0f} s left" if rate else "? s left"
+        else:
+            left = f"{now - start:.0f} s"
         print(f"{stage:<10} {done}/{goal} {unit}  {rate:.3g}/s  {left}  {note}".rstrip(), file=sys.stderr, flush=True)
 
     yield advance

@@ -13,10 +13,10 @@ from typing import Any
 
 from hfsd import models, selfcheck, shards, surgery
 from hfsd.errors import BadRequest, HfsdError
-from hfsd.records import Check, Checkpoint, Cut, ModelRef, Provenance, PrunePlan, dumps, load
+from hfsd.models import PROVENANCE
+from hfsd.records import Check, Checkpoint, Cut, ModelRef, Provenance, PrunePlan, dumps
 from hfsd.rundir import link_or_copy, new_folder, write_atomic
 
-PROVENANCE = "hfsd.json"
 SHARD_BYTES = 5 * 10**9
 # What travels as it is: generation config, chat template, tokenizer, code. Weights of any format would be the uncut
 # model's; config and hfsd.json are written anew, and the source's card is not the cut's.
@@ -79,11 +79,11 @@ def adopt(source: Path, cut: Path, out: Path, check: str = "auto", trust_remote_
         BadRequest: its hfsd.json, which says which blocks it keeps, is missing.
     """
     models.check_folder(cut)
-    if not (cut / PROVENANCE).is_file():
+    made = models.provenance(cut)
+    if made is None:
         raise BadRequest(
             f"prune.from: {cut} has no {PROVENANCE}, so which blocks it keeps is unknown; cut it with `hfsd prune`"
         )
-    made = _history(cut)
     why = "; ".join(c.why for c in made.cuts)
     plan = PrunePlan(made.n_layers, made.kept, why, made.cuts[-1].scores if made.cuts else {})
     if plan.n_layers != models.depth(source):
@@ -146,20 +146,10 @@ def _record(
 
 def _provenance(source: Path, ref: ModelRef, plan: PrunePlan) -> Provenance:
     """Cutting a cut model: its blocks keep the numbers they had in the first original."""
-    if not (source / PROVENANCE).is_file():
-        before = Provenance(ref, plan.n_layers, tuple(range(plan.n_layers)), [])
-    else:
-        before = _history(source)
+    before = models.provenance(source) or Provenance(ref, plan.n_layers, tuple(range(plan.n_layers)), [])
     removed = tuple(before.kept[i] for i in plan.removed)
     cuts = [*before.cuts, Cut(removed, plan.why, plan.scores)] if removed else before.cuts
     return Provenance(before.original, before.n_layers, tuple(before.kept[i] for i in plan.kept), cuts)
-
-
-def _history(folder: Path) -> Provenance:
-    try:
-        return load(Provenance, folder / PROVENANCE)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise BadRequest(f"{folder / PROVENANCE} is damaged ({error}); restore it, or cut the original again") from None
 
 
 def _check_space(out: Path, needed: int) -> None:

@@ -21,9 +21,9 @@ from hfsd.compare import read as read_answers
 from hfsd.errors import HfsdError
 from hfsd.models import Source
 from hfsd.recipe import Recipe
-from hfsd.records import Receipt, Results, dumps, load
+from hfsd.records import Example, Receipt, Results, Rewrite, dumps, load
 from hfsd.rewrite import read as read_rewrites
-from hfsd.rundir import link_or_copy, new_folder, sha256, write_atomic
+from hfsd.rundir import link_or_copy, merged_folder, new_folder, sha256, write_atomic
 from hfsd.text import headline
 
 SPACE_EXAMPLES = 8
@@ -104,14 +104,14 @@ def to_hub(
 def plan(recipe: Recipe, root: Path, source: Source, namespace: str | None) -> Family:
     """The repos of a run in the order of their upload, and the ids that the cards give them."""
     results = load(Results, root / "report" / "results.json")
-    prefix, data = recipe.publish.prefix or recipe.model_name, recipe.data_name
+    prefix, data = recipe.publish.prefix or recipe.model_name, "-".join(d.label for d in recipe.data)
     stem = f"{prefix}-pruned{len(results.plan.removed)}"
     repos = [Repo("dataset", "dataset", f"{data}-rewritten-by-{prefix}")]
     if not source.on_hub:  # a pruned model needs a base that others can load
         repos.append(Repo("original", "model", f"{prefix}-original"))
     for line in results.variants:
         if line.variant.arm != "original":
-            tail = "" if line.variant.arm == "pruned" else f"-{line.variant.id}"
+            tail = "" if line.variant.arm == "pruned" else f"-{line.variant.id.replace('+', '-')}"
             repos.append(Repo(line.variant.id, "model", stem + tail))
     repos.append(Repo("space", "space", f"{stem}-compare"))
     ids = {r.key: f"{namespace}/{r.name}" if namespace else r.name for r in repos}
@@ -137,7 +137,7 @@ def _stage(family: Family, repo: Repo, out: Path, places: Mapping[str, Mapping[s
 def _stage_model(family: Family, key: str, target: Path) -> str:
     root = family.root
     folder = {"original": family.source.folder, "pruned": root / "prune" / "checkpoint"}.get(
-        key, root / "train" / key / "merged"
+        key, merged_folder(root, key)
     )
     for path in sorted(p for p in folder.iterdir() if p.is_file() and p.name != "README.md"):
         link_or_copy(path, target / path.name)
@@ -161,10 +161,18 @@ def _stage_adapter(adapter: Path, target: Path, base: str) -> None:
 
 
 def _stage_dataset(family: Family, target: Path) -> str:
-    rewriting = family.root / "rewrite"
-    for name in (*DATA_FILES.values(), "rewrites.jsonl"):
-        link_or_copy(rewriting / name, target / name)
-    return dataset_card(family.results, family.ids, read_rewrites(rewriting)[:3])
+    recipe, drawn = family.recipe, []
+    examples: list[tuple[Example, Rewrite]] = []
+    for d in recipe.data:
+        rewriting = family.root / recipe.rewrite_step(d.label)
+        before = "" if len(recipe.data) == 1 else f"{d.label}-"
+        for name in (*DATA_FILES.values(), "rewrites.jsonl"):
+            link_or_copy(rewriting / name, target / f"{before}{name}")
+        if (rewriting / "shift.png").is_file():  # older runs drew none
+            link_or_copy(rewriting / "shift.png", target / f"{before}shift.png")
+            drawn.append(f"{before}shift.png")
+        examples += read_rewrites(rewriting)[:3]
+    return dataset_card(family.results, family.ids, examples, drawn)
 
 
 def _stage_space(family: Family, target: Path, places: Mapping[str, Mapping[str, Any]]) -> str:
@@ -181,7 +189,8 @@ def _stage_space(family: Family, target: Path, places: Mapping[str, Mapping[str,
 def _family_json(family: Family, places: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """What the Space reads: where the models are, and answers that it can show before they are loaded."""
     results = family.results
-    arms = [v.variant.id for v in results.variants if v.variant.arm not in ("original", "pruned")]
+    # The Space holds one set of weights and adapters on it; what is no adapter shows its recorded answers only.
+    arms = [v.variant.id for v in results.variants if (family.root / "train" / v.variant.id / "adapter").is_dir()]
     ref = results.original
     original = places.get("original") or {"repo": ref.repo, "revision": ref.revision}
     answers = read_answers(family.root / "compare")[1][:SPACE_EXAMPLES]

@@ -11,7 +11,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, field_validator, model_validator
 
+from hfsd.errors import nearest
+
 NAME = re.compile(r"^[a-z0-9]([a-z0-9._-]{0,62}[a-z0-9])?$")
+VARIABLE = re.compile(r"^[A-Za-z_][A-Za-z0-9_]*$")
 RANGE = re.compile(r"^(\d+):(\d+)$")
 
 Positive = Annotated[int, Field(ge=1)]
@@ -70,6 +73,11 @@ class Data(Block):
                 f"held_out + calibration is {self.held_out + self.calibration:g}: nothing is left to train on"
             )
         return self
+
+    @property
+    def label(self) -> str:
+        """Its part of variant ids; without dots, since it names a torch module when adapters are loaded."""
+        return (self.name or slug(Path(self.source.removeprefix("gym:")).stem)).replace(".", "-")
 
 
 class Scan(Block):
@@ -151,9 +159,21 @@ class Prune(Block):
 class Endpoint(Block):
     url: str = Field(min_length=1, description="base URL of an OpenAI-compatible server, /v1 included")
     model: str | None = Field(None, description="name of the original on that server; None: model.path")
+    api_key_env: str | None = Field(
+        None,
+        description="name of the environment variable that holds the server's key; None: no key, or for "
+        "https://*.huggingface.co the Hub's token. The key itself never stands in a recipe",
+    )
     concurrency: Positive = Field(32, description="requests in flight")
     timeout: float = Field(120.0, gt=0, description="seconds until a request is given up and tried again")
     retries: int = Field(5, ge=0, description="tries after the first one, with backoff, before the row is given up")
+
+    @field_validator("api_key_env")
+    @classmethod
+    def _is_variable(cls, value: str | None) -> str | None:
+        if value is not None and (not VARIABLE.match(value) or value.startswith("hf_")):
+            raise ValueError("is the name of an environment variable, not the key that it holds")
+        return value
 
 
 class Rewrite(Block):
@@ -164,6 +184,11 @@ class Rewrite(Block):
         description="reference: answer with the reference as a guide (the paper); few-shot: the same behind worked "
         "rewrites; self: the prompt alone; best: all three, and the acceptable one that is likeliest per token; "
         "None: best, or reference behind an endpoint, which tells no likelihoods",
+    )
+    prompts: str | None = Field(
+        None,
+        description="a YAML file of your own prompts, leak phrases and headings, of the shape of hfsd/prompts.yaml, "
+        "whose keys it replaces; None: those",
     )
     candidates: Positive = Field(
         1, description="drafts per row, until one is accepted; more than 1 needs a temperature"
@@ -216,14 +241,76 @@ class Rewrite(Block):
         return self.mode or ("reference" if self.engine == "endpoint" else "best")
 
 
+Arm = Literal["sft", "self-distilled", "sdd+kd", "on-policy"]
+
+
 class Train(Block):
-    arms: tuple[Literal["sft", "self-distilled"], ...] = Field(("sft", "self-distilled"), min_length=1)
+    arms: tuple[Arm, ...] = Field(
+        ("sft", "self-distilled"),
+        min_length=1,
+        description="what is trained: sft on the references, self-distilled on the rewrites, sdd+kd on the rewrites "
+        "towards the original's distribution, on-policy on the pruned model's own answers, scored by the original",
+    )
     adapter_from: dict[str, str] = Field(
         default_factory=dict, description="an adapter folder per arm that you already have; that arm is not trained"
     )
-    lora: dict[str, Any] = Field(default_factory=dict, description="any field of peft.LoraConfig")
-    sft: dict[str, Any] = Field(default_factory=dict, description="any field of trl.SFTConfig")
-    seed: int = 0
+    method: Literal["lora", "dora", "qlora", "full"] = Field(
+        "lora", description="qlora: on a 4-bit copy of the pruned model (extra qlora); full: every weight"
+    )
+    lora: dict[str, Any] = Field(
+        default_factory=dict,
+        description="any field of peft.LoraConfig; and scope: all (the default), or after-cut: only blocks behind the "
+        "cut, so that the backward pass ends there",
+    )
+    sft: dict[str, Any] = Field(default_factory=dict, description="any field of trl.SFTConfig, for every arm")
+    kd: dict[str, Any] = Field(default_factory=dict, description="more fields for sdd+kd: any of TRL's GKDConfig")
+    on_policy: dict[str, Any] = Field(
+        default_factory=dict, description="more fields for on-policy: any of trl.DistillationConfig"
+    )
+    budget: Literal["rows", "tokens"] = Field(
+        "rows", description="rows: every arm sees each row as often; tokens: as many trained completion tokens"
+    )
+    seeds: tuple[int, ...] = Field(
+        (0,),
+        min_length=1,
+        description="each trains every arm once more: its start, its order; several: mean and spread",
+    )
+
+    @field_validator("arms", "seeds")
+    @classmethod
+    def _each_once(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:
+        if len(set(value)) < len(value):
+            raise ValueError(f"{list(value)} names one of them twice")
+        return value
+
+    @model_validator(mode="after")
+    def _scope_fits(self) -> Train:
+        if self.scope not in ("all", "after-cut"):
+            raise ValueError(f"lora.scope is {self.scope!r}; it is all or after-cut")
+        if self.method == "full" and self.lora:
+            raise ValueError(
+                f"method: full trains no adapter, but lora sets {', '.join(self.lora)}; remove one of them"
+            )
+        if self.adapter_from and len(self.seeds) > 1:
+            raise ValueError(f"adapter_from gives one adapter per arm, and seeds asks for {len(self.seeds)}")
+        return self
+
+    @property
+    def scope(self) -> str:
+        """Which blocks are adapted: `all`, or those behind the cut."""
+        return str(self.lora.get("scope", "all"))
+
+
+class Merge(Block):
+    of: tuple[str, ...] = Field(min_length=2, description="names of the data sets whose models are merged")
+    arm: Arm = Field("self-distilled", description="the arm whose models are merged")
+    method: str = Field("slerp", description="a merge method of mergekit, by its name there")
+    t: tuple[float, ...] = Field(
+        (0.5,),
+        min_length=1,
+        description="share of the second model, 0 to 1; of several the one with the least loss on rows kept for "
+        "calibration is taken",
+    )
 
 
 class Evaluate(Block):
@@ -259,11 +346,12 @@ class Recipe(Block):
 
     name: str = Field(description="name of the run; its directory is runs/NAME")
     model: Model
-    data: Data
+    data: tuple[Data, ...] = Field(min_length=1, description="one data set, or a list of them: each trains every arm")
     scan: Scan = Scan()
     prune: Prune
     rewrite: Rewrite = Rewrite()
     train: Train = Train()
+    merge: Merge | None = Field(None, description="models of several data sets merged into one more variant")
     evaluate: Evaluate = Evaluate()
     compare: Compare = Compare()
     publish: Publish = Publish()
@@ -276,7 +364,8 @@ class Recipe(Block):
     @field_validator("data", mode="before")
     @classmethod
     def _data_by_source(cls, value: Any) -> Any:
-        return {"source": value} if isinstance(value, str) else value
+        sets = value if isinstance(value, list | tuple) else [value]
+        return tuple({"source": one} if isinstance(one, str) else one for one in sets)
 
     @field_validator("name")
     @classmethod
@@ -285,20 +374,35 @@ class Recipe(Block):
             raise ValueError(f"{value!r} must be lower-case letters, digits, '.', '_' and '-', at most 64 of them")
         return value
 
+    @model_validator(mode="after")
+    def _sets_fit(self) -> Recipe:
+        names = [d.label for d in self.data]
+        if len(set(names)) < len(names):
+            raise ValueError(f"data: two sets are called {', '.join(names)}; give them names of their own (data.name)")
+        if len(names) > 1 and self.rewrite.from_ is not None:
+            raise ValueError("rewrite.from gives rewrites of one data set, and data lists several")
+        if len(names) > 1 and self.train.adapter_from:
+            raise ValueError("train.adapter_from gives one adapter per arm, and data lists several sets")
+        if self.merge is not None:
+            if unknown := [n for n in self.merge.of if n not in names]:
+                raise ValueError(f"merge.of: no data set {unknown[0]!r}{nearest(unknown[0], names)}; there are {names}")
+            if self.merge.arm not in self.train.arms:
+                raise ValueError(f"merge.arm: {self.merge.arm} is not trained; train.arms has {list(self.train.arms)}")
+        return self
+
     @property
     def model_name(self) -> str:
         """`smollm2-135m-instruct` for a package, Hub id, file or folder of that model."""
         return self.model.name or self.short(self.model.path)
 
+    def rewrite_step(self, label: str) -> str:
+        """The step, and the folder in the run, of a data set's rewrites: `rewrite`, or `rewrite/LABEL` of several."""
+        return "rewrite" if len(self.data) == 1 else f"rewrite/{label}"
+
     @staticmethod
     def short(path: str) -> str:
         """The short name of a model from its Hub id, folder or file."""
         return slug(re.sub(r"(\.Q\d\w*|\.f16|\.f32)?\.gguf$", "", Path(path).name))
-
-    @property
-    def data_name(self) -> str:
-        """Part of variant ids; without dots, since it names a torch module when adapters are loaded."""
-        return (self.data.name or slug(Path(self.data.source.removeprefix("gym:")).stem)).replace(".", "-")
 
 
 def as_range(text: str) -> tuple[int, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,6 +39,16 @@ Loader.add_implicit_resolver(
 def packaged() -> list[str]:
     """Names of the recipes that travel with the package."""
     return sorted(p.stem for p in PACKAGED.glob("*.yaml"))
+
+
+def launchers() -> list[str]:
+    """Names of the accelerate configs that travel with the package."""
+    return sorted(p.stem for p in (PACKAGED / "accelerate").glob("*.yaml"))
+
+
+def launcher_text(name: str) -> str:
+    """A packaged accelerate config."""
+    return (PACKAGED / "accelerate" / f"{name}.yaml").read_text(encoding="utf-8")
 
 
 def source_text(name_or_path: str) -> tuple[str, str]:
@@ -95,20 +106,25 @@ def checked(kind: type[B], data: dict[str, Any], where: str) -> B:
     try:
         return kind.model_validate(data)
     except ValidationError as error:
-        faults = sorted({_fault(e, kind) for e in error.errors()})
-        raise BadRequest("\n".join(f"{where}: {f}" for f in faults), rest=_without_faults(kind, data, error)) from None
+        # a list that is too short only because its items are faulty is told by its items
+        errors = [e for e in error.errors() if not (e["type"] == "too_short" and e["input"])]
+        faults = sorted({_fault(e, kind, data) for e in errors})
+        raise BadRequest("\n".join(f"{where}: {f}" for f in faults), rest=_without_faults(kind, data, errors)) from None
 
 
-def _without_faults(kind: type[B], data: dict[str, Any], error: ValidationError) -> B | None:
+def _without_faults(kind: type[B], data: dict[str, Any], errors: Sequence[Any]) -> B | None:
     """What stands without the fields that are faulty (their defaults take their place), if anything does."""
     data = copy.deepcopy(data)
-    for fault in error.errors():
-        *parents, last = fault["loc"] or (None,)
+    for fault in errors:
         block: Any = data
-        for name in parents:
-            block = block.get(name) if isinstance(block, dict) else None
-        if isinstance(block, dict):
-            block.pop(last, None)
+        for name in _place(fault["loc"], data):
+            inner = _step(block, name)
+            if isinstance(inner, dict) or (isinstance(inner, list) and any(isinstance(i, dict) for i in inner)):
+                block = inner
+                continue
+            if isinstance(block, dict):  # a value, or a whole list of values
+                block.pop(name, None)
+            break
     try:
         return kind.model_validate(data)
     except ValidationError:
@@ -116,8 +132,11 @@ def _without_faults(kind: type[B], data: dict[str, Any], error: ValidationError)
 
 
 def dump(recipe: Recipe) -> dict[str, Any]:
-    """Plain data of a resolved recipe; `validate(dump(r)) == r`."""
-    return recipe.model_dump(mode="json", by_alias=True)
+    """Plain data of a resolved recipe; `validate(dump(r)) == r`. A single data set stands without a list."""
+    plain = recipe.model_dump(mode="json", by_alias=True)
+    if len(recipe.data) == 1:
+        (plain["data"],) = plain["data"]
+    return plain
 
 
 def _set(data: dict[str, Any], item: str) -> None:
@@ -125,31 +144,55 @@ def _set(data: dict[str, Any], item: str) -> None:
     if not sign or not key.strip("."):
         raise BadRequest(f"--set {item}: write it as a.b=c, such as --set prune.blocks=6")
     *parents, last = key.split(".")
+    block: Any = data
     for parent in parents:
-        step = data.setdefault(parent, {})
+        step = block.setdefault(parent, {}) if isinstance(block, dict) else _step(block, parent)
         if isinstance(step, str) and parent in ("model", "data"):
-            step = data[parent] = {"path" if parent == "model" else "source": step}
-        if not isinstance(step, dict):
+            step = block[parent] = {"path" if parent == "model" else "source": step}
+        if not isinstance(step, dict | list):
             raise BadRequest(f"--set {item}: '{parent}' is {step!r}, which has no fields")
-        data = step
+        block = step
+    if not isinstance(block, dict):
+        numbered = ".".join([*parents, "0", last])
+        raise BadRequest(f"--set {item}: '{parents[-1]}' is a list of {len(block)}; name one by its number: {numbered}")
     try:
-        data[last] = yaml.load(value, Loader)
+        block[last] = yaml.load(value, Loader)
     except yaml.YAMLError:
         raise BadRequest(f"--set {item}: {value!r} is not a YAML value; quote it") from None
 
 
-def _fault(error: Any, kind: type[Block]) -> str:
+def _step(block: Any, name: Any) -> Any:
+    """One step into plain data: a key of a mapping, or a place in a list; None where there is no such thing."""
+    if isinstance(block, dict):
+        return block.get(name)
+    if isinstance(block, list) and str(name).isdecimal() and int(name) < len(block):
+        return block[int(name)]
+    return None
+
+
+def _place(location: Sequence[Any], data: Any) -> list[Any]:
+    """Where a fault is as the recipe was written: a single data set or model may stand without its list or mapping."""
+    place: list[Any] = []
+    for name in location:
+        if isinstance(name, int) and not isinstance(data, list | tuple):
+            continue
+        place.append(name)
+        data = data[name] if isinstance(data, list | tuple) else _step(data, name)
+    return place
+
+
+def _fault(error: Any, kind: type[Block], data: Any) -> str:
     """One fault in one line: the field's dotted path, what was received, what would be right."""
-    location = [str(p) for p in error["loc"]]
-    path = ".".join(location) or "recipe"
+    path = ".".join(map(str, _place(error["loc"], data))) or "recipe"
     if error["type"] == "extra_forbidden":
-        block = _block_at(kind, location[:-1])
-        return f"{path}: unknown key{nearest(location[-1], block)}; known are: {', '.join(block)}"
+        *parents, last = error["loc"]
+        block = _block_at(kind, [name for name in parents if isinstance(name, str)])
+        return f"{path}: unknown key{nearest(str(last), block)}; known are: {', '.join(block)}"
     if error["type"] == "missing":
         return f"{path}: missing"
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":
-        return f"{path}: {message}"
+        return f"{path}: {message}" if error["loc"] else message
     return f"{path}: {message[:1].lower() + message[1:]}; got {error['input']!r}"
 
 

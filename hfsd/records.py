@@ -15,13 +15,20 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 SCHEMA = 1
+STAGES = ("scan", "prune", "rewrite", "train", "merge", "evaluate", "compare", "report", "publish")
 T = TypeVar("T")
 
 # One order of variants everywhere: tables, pictures, cards, the Space.
-ARMS = ("original", "pruned", "sft", "self-distilled", "merged")
-TRAINED_ARMS = ("sft", "self-distilled")
-# Arm -> configuration of the data set that it is trained on, which is the name of its parquet file.
-CONFIGS = {"sft": "reference", "self-distilled": "self-distilled"}
+ARMS = ("original", "pruned", "sft", "self-distilled", "sdd+kd", "on-policy", "merged")
+# Trained arm -> the text that it is trained on: a configuration of the rewritten data set, named as its parquet file.
+TEXTS = {
+    "sft": "reference",
+    "self-distilled": "self-distilled",
+    "sdd+kd": "self-distilled",
+    "on-policy": "self-distilled",
+}
+TRAINED_ARMS = tuple(TEXTS)
+CONFIGS = ("reference", "self-distilled")
 
 
 @dataclass(frozen=True)
@@ -191,9 +198,11 @@ class Rewrite:
 class TrainSet:
     """The rewritten set: `reasons` counts rows by reason; `kept` is the reason of a row that was accepted.
 
-    `n_tokens` are all tokens generated, drafts that were not chosen included. `modes` counts accepted rows by mode.
-    `asked` is what the original was asked, with the places of prompt and reference open; the prompt alone is no asking.
-    `reference_nats` and `rewrite_nats` are means over rows.
+    `rows` were rewritten; `used` of them are trained on (None, in an older record: all). `n_tokens` are all tokens
+    generated, drafts that were not chosen included; `seconds` is the time of generating and scoring them, and
+    `tokens_per_second` their quotient. `length_change` is characters of all rewrites over those of their references,
+    less 1. `modes` counts accepted rows by mode. `asked` is what the original was asked, with the places of prompt and
+    reference open; the prompt alone is no asking. `reference_nats` and `rewrite_nats` are means over rows.
     """
 
     path: str
@@ -213,6 +222,14 @@ class TrainSet:
     reference_nats: float | None = None
     rewrite_nats: float | None = None
     similarity: float | None = None
+    used: int | None = None
+    tokens_per_second: float | None = None
+    length_change: float | None = None
+
+    @property
+    def trained_rows(self) -> int:
+        """Rows that are trained on: fewer than were rewritten where rejected ones were dropped."""
+        return self.rows if self.used is None else self.used
 
 
 @dataclass(frozen=True)
@@ -233,11 +250,14 @@ class Variant:
 class TrainReport:
     """How one arm was trained. `tokens` counts trained completion tokens; `losses` is (optimizer step, loss) pairs.
 
-    `fairness` hashes what both arms must share: initial weights, row ids in order, steps and hyperparameters.
+    `adapter` is None where every weight was trained. `fairness` hashes what the arms of one data set and seed must
+    share: initial weights, row ids in order, steps or tokens, and hyperparameters. `engine` says what really ran, such
+    as `DDP over 2 processes (gloo)`. `seconds` is all of it, `train_seconds` the steps alone; both are those of the
+    process that finished it.
     """
 
     variant: Variant
-    adapter: str
+    adapter: str | None
     merged: str
     rows: int
     steps: int
@@ -245,9 +265,56 @@ class TrainReport:
     losses: list[list[float]]
     seconds: float
     peak_bytes: int
-    lora_params: int
+    trained_params: int
     hyperparameters: dict[str, Any]
     fairness: dict[str, str]
+    method: str = "lora"
+    engine: str = "1 process"
+    train_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class MergeLoss:
+    """Held-out loss of one merge that was tried."""
+
+    t: float | None
+    loss: float
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """Models merged into one. `t` is the share of the second of two: 0 gives the first, 1 the second.
+
+    `t` is None where the method takes none. `losses` are in the order tried; the least was kept. `linear_tensors` and
+    `linear_params` are the shares of tensors and of parameters on which SLERP fell back to linear interpolation, for
+    being nearly parallel; None: the method is not slerp. `peak_bytes` is the process's so far.
+    """
+
+    method: str
+    t: float | None
+    parts: tuple[str, ...]
+    base: str | None
+    parameters: dict[str, Any]
+    losses: list[MergeLoss]
+    linear_tensors: float | None
+    linear_params: float | None
+    seconds: float
+    peak_bytes: int
+    mergekit: str
+
+    @property
+    def sentence(self) -> str:
+        """What was merged, how, at which losses, and how much of it was linear."""
+        said = [f"merged {' and '.join(self.parts)} by {self.method}{'' if self.t is None else f', t {self.t:g}'}"]
+        if self.losses:
+            scores = ", ".join(f"{m.loss:.4f}{'' if m.t is None else f' at t {m.t:g}'}" for m in self.losses)
+            said.append(f"held-out loss in nats per token: {scores}")
+        if self.linear_tensors is not None and self.linear_params is not None:
+            said.append(
+                f"SLERP fell back to linear on {self.linear_tensors:.1%} of tensors "
+                f"({self.linear_params:.1%} of parameters)"
+            )
+        return "; ".join(said)
 
 
 @dataclass(frozen=True)
@@ -364,6 +431,7 @@ class Results:
     param_cut: float
     recipe: str
     facts: dict[str, Any] = field(default_factory=dict)
+    merges: dict[str, MergeReport] = field(default_factory=dict)  # by the merged variant's id
     schema: int = SCHEMA
 
 

@@ -11,7 +11,19 @@ from hfsd.errors import HfsdError
 from hfsd.figures import COLOURS
 from hfsd.markdown import escape, fence, shorten
 from hfsd.markdown import table as table_of
-from hfsd.records import Answer, EvalRow, ModelRef, PrunePlan, Results, Scan, Shift, TrainReport, TrainSet, dumps
+from hfsd.records import (
+    Answer,
+    EvalRow,
+    MergeReport,
+    ModelRef,
+    PrunePlan,
+    Results,
+    Scan,
+    Shift,
+    TrainReport,
+    TrainSet,
+    dumps,
+)
 from hfsd.text import (
     count,
     data_sentence,
@@ -21,6 +33,7 @@ from hfsd.text import (
     notes,
     plural,
     reasons_table,
+    seeds_table,
     size,
     stages,
     table,
@@ -48,6 +61,7 @@ def summarise(
     matmul_flop_cut: float,
     param_cut: float,
     facts: Mapping[str, Any] | None = None,
+    merges: Mapping[str, MergeReport] | None = None,
 ) -> Results:
     """Everything a report, a card or the Space says about a run.
 
@@ -61,6 +75,7 @@ def summarise(
         matmul_flop_cut: share of the matmul FLOPs per token that the cut saves, such as 0.1744.
         param_cut: share of the parameters that the cut removes, such as 0.1630.
         facts: what cards state besides (see `hfsd.cards`).
+        merges: how each merged variant was made, by its id.
 
     Raises:
         HfsdError: scores are missing, cannot be compared, or a share is none.
@@ -85,6 +100,7 @@ def summarise(
         param_cut=float(param_cut),
         recipe=recipe,
         facts=dict(facts or {}),
+        merges=dict(merges or {}),
     )
 
 
@@ -108,6 +124,7 @@ def markdown(results: Results, answers: Sequence[Answer], pictures: Sequence[str
         "## Scores",
         table_of(table(results)),
         _bullets(notes(results)),
+        *_seeds(results),
         *_lost(results),
         *_removed(results, pictures),
         *_data(results),
@@ -125,6 +142,11 @@ def _picture(name: str, words: str, pictures: Sequence[str]) -> list[str]:
 
 def _bullets(lines: Sequence[str]) -> str:
     return "\n".join(f"- {escape(line)}" for line in lines)
+
+
+def _seeds(results: Results) -> list[str]:
+    rows = seeds_table(results)
+    return ["## Over seeds", "Mean and sample standard deviation over the seeds.", table_of(rows)] if rows else []
 
 
 def _lost(results: Results) -> list[str]:
@@ -159,11 +181,13 @@ def _training(results: Results, pictures: Sequence[str]) -> list[str]:
         return []
     head = ["", *(t.variant.id for t in results.training)]
     rows = [
+        ["method", *(t.method for t in results.training)],
+        ["run by", *(t.engine for t in results.training)],
         ["rows", *(str(t.rows) for t in results.training)],
         ["optimizer steps", *(str(t.steps) for t in results.training)],
         ["trained tokens", *(f"{t.tokens:,}" for t in results.training)],
         ["last loss (nats per token)", *(f"{t.losses[-1][1]:.3f}" if t.losses else "-" for t in results.training)],
-        ["LoRA parameters", *(count(t.lora_params) for t in results.training)],
+        ["trained parameters", *(count(t.trained_params) for t in results.training)],
         ["time", *(duration(t.seconds) for t in results.training)],
         ["peak memory of the process so far", *(size(t.peak_bytes) for t in results.training)],
     ]
@@ -171,6 +195,7 @@ def _training(results: Results, pictures: Sequence[str]) -> list[str]:
         "## Training",
         table_of([head, *rows]),
         *_picture("loss.png", "Training loss of every arm over optimizer steps", pictures),
+        _bullets([f"{name}: {m.sentence}." for name, m in sorted(results.merges.items())]),
     ]
 
 

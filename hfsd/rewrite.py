@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -12,15 +12,18 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from hfsd import chat, checks, figures
+from hfsd import chat, checks, figures, hub
 from hfsd.answers import with_final_line
 from hfsd.checks import Draft
-from hfsd.drafts import Drafts, messages
+from hfsd.drafts import Drafts, Similarity, messages, overlaps
 from hfsd.engines import Engine
 from hfsd.errors import BadRequest
+from hfsd.markdown import without_paths
 from hfsd.recipe import Rewrite as RewriteRecipe
 from hfsd.records import CONFIGS, Example, Message, Rewrite, TrainSet, dumps
-from hfsd.rundir import write_atomic
+from hfsd.rundir import sha256, write_atomic
+
+BY = ("engine", "model", "sampling")  # what every line of rewrites.jsonl says of how its text came about
 
 
 def run(
@@ -30,36 +33,40 @@ def run(
     recipe: RewriteRecipe,
     key: str,
     out: Path,
+    model: str | None = None,
 ) -> TrainSet:
-    """Rewrites the rows and writes the training set of both arms.
+    """Rewrites the rows and writes the training set in both texts.
 
     Args:
         engine: makes the generator; not called where every batch is already there.
         spare: rows that are not trained on, for the worked rewrites of few-shot prompts.
         key: the stage's key; a batch is seeded by it and by its own place.
-        out: gets rewrites.jsonl (every row, input order), one parquet file per arm (equal ids), stats.json, shift.png.
+        out: gets rewrites.jsonl (every row, input order), one parquet file per text (equal ids), stats.json, shift.png.
+        model: the original, as `repo@revision`, for every line of rewrites.jsonl; None: not said.
 
     Raises:
         BadRequest: no row is left (on_reject: drop), or the rewrites given do not fit.
-        HfsdError: the engine failed; finished batches are kept.
+        HfsdError: the engine failed, or the disk is full; finished batches are kept.
     """
     start = time.perf_counter()
     if recipe.from_ is not None:
         name, pairs, n_tokens = f"from {Path(recipe.from_).name}", _given(Path(recipe.from_), rows, recipe), 0
+        seconds = time.perf_counter() - start
     else:
         drafts = Drafts(engine, recipe, key, out / "work" / "batches.jsonl", _similarity(recipe))
         drafts.make(rows, spare)
-        name = recipe.engine
+        name, seconds = recipe.engine, drafts.seconds
         n_tokens = sum(d.n_tokens for made in drafts.judged.values() for d, _ in made)
         pairs = [(row, _judged(*drafts.chosen(row), drafts.reference_nats[row.id])) for row in rows]
     used = [pair for pair in pairs if pair[1].kept or recipe.on_reject == "reference"]
     if not used:
         raise BadRequest(f"rewrite: none of {len(rows)} rewrites was accepted and on_reject is drop: no row is left")
-    lines = [{**asdict(rewrite), "example": asdict(row)} for row, rewrite in pairs]
+    by = dict(zip(BY, (name, _said(model, recipe), _sampling(recipe)), strict=True))
+    lines = [{**asdict(rewrite), **by, "example": asdict(row)} for row, rewrite in pairs]
     write_atomic(out / "rewrites.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-    for arm, config in CONFIGS.items():
-        _write_arm(arm, used, out / f"{config}.parquet")
-    stats = _stats(out, name, pairs, recipe, n_tokens, time.perf_counter() - start)
+    for config in CONFIGS:
+        _write_text(config, used, out / f"{config}.parquet")
+    stats = _stats(out, name, pairs, recipe, n_tokens, seconds)
     write_atomic(out / "stats.json", dumps(stats))
     figures.draw_rewrites(pairs, out)
     return stats
@@ -71,25 +78,66 @@ def read(folder: Path) -> list[tuple[Example, Rewrite]]:
     for line in (folder / "rewrites.jsonl").read_text(encoding="utf-8").split("\n")[:-1]:
         fields = json.loads(line)
         example = fields.pop("example")
-        found.append((Example(**example | {"history": tuple(example["history"])}), Rewrite(**fields)))
+        made = Rewrite(**{k: v for k, v in fields.items() if k not in BY})
+        found.append((Example(**example | {"history": tuple(example["history"])}), made))
     return found
 
 
-def _similarity(recipe: RewriteRecipe) -> Callable[[str, str], float]:
-    if recipe.similarity_model is None:
-        return checks.overlap
+def inputs(recipe: RewriteRecipe) -> dict[str, str]:
+    """sha256 of what rewrites depend on beside the recipe's fields: the prompts in use, and rewrites that are given.
+
+    What is not there, or has another shape, is left out: `faults` tells it.
+    """
+    checks.prompts.cache_clear()  # an own file may have changed since another run of this process
+    found = {}
+    if not faults(recipe):
+        found["prompts"] = hashlib.sha256(dumps(checks.prompts(recipe.prompts)).encode()).hexdigest()
+    if recipe.from_ is not None and Path(recipe.from_).is_file():
+        found["from"] = sha256(Path(recipe.from_))
+    return found
+
+
+def faults(recipe: RewriteRecipe) -> list[str]:
+    """What is wrong with the prompts that the recipe names, in one line; empty if nothing is."""
     try:
+        checks.prompts(recipe.prompts)
+    except BadRequest as error:
+        return [str(error)]
+    return []
+
+
+def _similarity(recipe: RewriteRecipe) -> Similarity:
+    """Words in common, or the cosine of the model's embeddings where that is positive.
+
+    Raises:
+        BadRequest: sentence-transformers is not installed, or cannot load the model.
+    """
+    name = recipe.similarity_model
+    if name is None:
+        return overlaps
+    path = Path(name).expanduser()
+    if not path.is_dir() and (path.is_absolute() or name.startswith(".") or not hub.is_repo_id(name)):
+        raise BadRequest(f"rewrite.similarity_model: no folder {name}, and it is no Hub id such as org/name")
+    try:
+        from safetensors import SafetensorError
         from sentence_transformers import SentenceTransformer
     except ImportError:
         raise BadRequest(
-            "rewrite.similarity_model needs sentence-transformers: pip install sentence-transformers; "
+            "rewrite.similarity_model needs sentence-transformers: pip install 'hfsd[embed]'; "
             "without a model, similarity is the overlap of words"
         ) from None
-    model = SentenceTransformer(recipe.similarity_model)
+    try:
+        model = SentenceTransformer(str(path) if path.is_dir() else name)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise BadRequest(
+            f"rewrite.similarity_model: cannot load {name} ({' '.join(str(error).split())[:300]}); "
+            "give the folder or the Hub id of a sentence-transformers model"
+        ) from error
 
-    def similarity(text: str, reference: str) -> float:
-        one, other = model.encode([text, reference], normalize_embeddings=True, show_progress_bar=False)
-        return max(0.0, float(one @ other))
+    def similarity(texts: Sequence[str], references: Sequence[str]) -> list[float]:
+        rows = model.encode([*texts, *references], normalize_embeddings=True, show_progress_bar=False)
+        pairs = zip(rows[: len(texts)], rows[len(texts) :], strict=True)
+        return [max(0.0, float(one @ other)) for one, other in pairs]
 
     return similarity
 
@@ -112,11 +160,10 @@ def _given(path: Path, rows: Sequence[Example], recipe: RewriteRecipe) -> list[t
         raise BadRequest(
             f"rewrite.from: {path} has no rewrite of {len(absent)} of {len(rows)} rows, such as {absent[0]}"
         )
-    similarity = _similarity(recipe)
+    alike = _similarity(recipe)([texts[row.id] for row in rows], [row.reference for row in rows])
     found = []
-    for row in rows:
-        text = texts[row.id]
-        draft = Draft(row.id, text, 0, "stop", "given", None, round(similarity(text, row.reference), 4))
+    for row, similarity in zip(rows, alike, strict=True):
+        draft = Draft(row.id, texts[row.id], 0, "stop", "given", None, round(similarity, 4))
         found.append((row, _judged(draft, checks.verdict(draft, row, None, recipe), None)))
     return found
 
@@ -131,6 +178,7 @@ def _stats(
 ) -> TrainSet:
     """Counts over all rows; lengths over all rewrites; likelihoods over the rows where both are measured."""
     rewrites = [r for _, r in pairs]
+    before, after = sum(len(e.reference) for e, _ in pairs), sum(len(r.text) for r in rewrites)
     both = [(r.reference_nats, r.nats) for r in rewrites if r.reference_nats is not None and r.nats is not None]
     return TrainSet(
         path=out.name,
@@ -140,9 +188,9 @@ def _stats(
         n_tokens=n_tokens,
         seconds=round(seconds, 3),
         engine=engine,
-        sampling={"temperature": recipe.temperature, "top_p": recipe.top_p, "max_new_tokens": recipe.max_new_tokens},
-        reference_chars=sum(len(e.reference) for e, _ in pairs),
-        rewrite_chars=sum(len(r.text) for r in rewrites),
+        sampling=_sampling(recipe),
+        reference_chars=before,
+        rewrite_chars=after,
         mode=recipe.how if recipe.from_ is None else "given",
         modes=dict(sorted(Counter(r.mode for r in rewrites if r.kept).items())),
         on_reject=recipe.on_reject,
@@ -150,24 +198,40 @@ def _stats(
         reference_nats=fmean(a for a, _ in both) if both else None,
         rewrite_nats=fmean(b for _, b in both) if both else None,
         similarity=fmean(r.similarity for r in rewrites),
+        used=sum(r.kept for r in rewrites) if recipe.on_reject == "drop" else len(rewrites),
+        tokens_per_second=round(n_tokens / seconds, 3) if n_tokens and seconds else None,
+        length_change=after / before - 1 if before else None,
     )
+
+
+def _sampling(recipe: RewriteRecipe) -> dict[str, Any]:
+    """How drafts are sampled; of rewrites that were given, that is not known."""
+    if recipe.from_ is not None:
+        return {}
+    return {"temperature": recipe.temperature, "top_p": recipe.top_p, "max_new_tokens": recipe.max_new_tokens}
+
+
+def _said(model: str | None, recipe: RewriteRecipe) -> str | None:
+    """The model of a line: no folder of this machine, since lines are published; of given rewrites it is not known."""
+    return None if model is None or recipe.from_ is not None else without_paths(model)
 
 
 def _asked(recipe: RewriteRecipe) -> tuple[Message, ...]:
     """The guided prompt of this task with its places open; none where rewrites were given or no reference is shown."""
     if recipe.from_ is not None or recipe.how == "self":
         return ()
-    return tuple(messages(Example("", "{prompt}", "{reference}"), recipe.task, "reference"))
+    open_row = Example("", "{prompt}", "{reference}")
+    return tuple(messages(open_row, recipe.task, "reference", prompts=recipe.prompts))
 
 
-def _write_arm(arm: str, pairs: Sequence[tuple[Example, Rewrite]], path: Path) -> None:
-    """One arm's rows in TRL's conversational prompt/completion form, as parquet."""
+def _write_text(config: str, pairs: Sequence[tuple[Example, Rewrite]], path: Path) -> None:
+    """One text of the rows in TRL's conversational prompt/completion form, as parquet."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     table: list[dict[str, Any]] = []
     for row, made in pairs:
-        own = arm == "self-distilled" and made.kept
+        own = config == "self-distilled" and made.kept
         text = with_final_line(made.text, row.reference) if own else row.reference
         table.append(
             {
@@ -178,6 +242,6 @@ def _write_arm(arm: str, pairs: Sequence[tuple[Example, Rewrite]], path: Path) -
                 "reason": made.reason,
             }
         )
-    temporary = path.with_name(f".{path.name}.tmp")
-    pq.write_table(pa.Table.from_pylist(table), temporary)
-    os.replace(temporary, path)
+    file = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(table), file)
+    write_atomic(path, file.getvalue().to_pybytes())

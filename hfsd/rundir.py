@@ -30,7 +30,7 @@ from hfsd.records import SCHEMA, dumps
 START, DONE = "START.json", "DONE.json"
 PACKAGES = ("hfsd", "torch", "transformers", "datasets", "peft", "trl", "accelerate", "lm_eval", "huggingface_hub")
 # Measured, not made: these keys differ between two equal runs and are left out of the content hash.
-VOLATILE = {"seconds", "train_seconds", "stage_seconds", "peak_bytes"}
+VOLATILE = {"seconds", "tokens_per_second", "train_seconds", "stage_seconds", "peak_bytes"}
 VOLATILE |= {"date", "start_time", "end_time", "total_evaluation_time_seconds"}  # lm-eval's
 UNHASHED = (".log", ".png", ".md")  # logs, pictures, and pages that print times; what they show is in the JSON
 
@@ -66,6 +66,7 @@ class Stage:
             return False
         for name, seen in read_json(self.path / DONE)["outputs"].items():
             self._as_recorded(name, seen, verify)
+        self._tidy()
         return True
 
     def begin(self) -> Path:
@@ -84,8 +85,6 @@ class Stage:
                 continue  # what resuming needed and the result does not
             stat = path.stat()
             outputs[name] = {"sha256": sha256(path), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-        if (self.path / "work").is_dir():
-            shutil.rmtree(self.path / "work")
         marker = {
             "schema": SCHEMA,
             "key": self.key,
@@ -100,12 +99,17 @@ class Stage:
             **facts,
         }
         write_atomic(self.path / DONE, dumps(marker))
-        (self.path / START).unlink(missing_ok=True)
+        self._tidy()  # last: until the marker stands, a kill must find what resuming needs
         return marker
 
     def marker(self) -> dict[str, Any]:
         """The DONE.json of this stage."""
         return read_json(self.path / DONE)
+
+    def _tidy(self) -> None:
+        (self.path / START).unlink(missing_ok=True)
+        if (self.path / "work").is_dir():
+            shutil.rmtree(self.path / "work")
 
     def _same_key(self, marker: dict[str, Any]) -> None:
         if marker["key"] == self.key:
@@ -215,6 +219,12 @@ def _sweep(path: Path) -> None:
         owner = left.name.split(".")[-2]
         if owner == str(os.getpid()) or not psutil.pid_exists(int(owner)):
             shutil.rmtree(left, ignore_errors=True)
+
+
+def merged_folder(root: Path, variant_id: str) -> Path:
+    """The stock checkpoint of a trained or merged variant of a run."""
+    stage = "merge" if (root / "merge" / variant_id).is_dir() else "train"
+    return root / stage / variant_id / "merged"
 
 
 def link_or_copy(source: Path, target: Path) -> None:

@@ -43,7 +43,7 @@ def structure(folder: Path, trust_remote_code: bool = False) -> Check:
     except RuntimeError as error:  # another shape, or a tensor that the loader cannot put together
         raise HfsdError(_misfit(kind, str(error))) from None
     except ImportError as error:  # the library that reads this storage
-        raise HfsdError(f"the cut checkpoint cannot be checked: {' '.join(str(error).split())}") from None
+        raise HfsdError(f"the new checkpoint cannot be checked: {' '.join(str(error).split())}") from None
     faults = [
         f"{what} {sorted(map(str, info[key]))[:3]}"
         for what, key in (("missing", "missing_keys"), ("left over", "unexpected_keys"), ("shape", "mismatched_keys"))
@@ -127,7 +127,7 @@ def _loaded(folder: Path, trust_remote_code: bool) -> PreTrainedModel:
 
 
 def _misfit(kind: type, why: str) -> str:
-    return f"the cut checkpoint does not fit its class {kind.__name__}: {' '.join(why.split())[:300]}"
+    return f"the new checkpoint does not fit its class {kind.__name__}: {' '.join(why.split())[:300]}"
 
 
 def _reason_needed(source: Path) -> str | None:

@@ -8,21 +8,40 @@ from __future__ import annotations
 import gc
 import os
 import platform
+from collections.abc import Sequence
 from functools import cached_property
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from hfsd import chat, data, models, recipes, surgery
+from hfsd import chat, data, models, processes, recipes, surgery
 from hfsd.recipe import Data, Recipe
-from hfsd.records import CONFIGS, Checkpoint, EvalRow, Scan, TrainReport, TrainSet, Variant, dumps, from_json, load
-from hfsd.rundir import DONE, Stage, read_json, write_atomic
+from hfsd.records import (
+    CONFIGS,
+    TEXTS,
+    Checkpoint,
+    EvalRow,
+    Example,
+    MergeReport,
+    Scan,
+    TrainReport,
+    TrainSet,
+    Variant,
+    dumps,
+    from_json,
+    load,
+)
+from hfsd.rundir import DONE, Stage, merged_folder, read_json, write_atomic
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from hfsd.family import Family
+
+
+SCORE_ROWS = 64  # rows kept for calibration on which merges are told apart
 
 
 class Session:
@@ -42,15 +61,35 @@ class Session:
         return models.load_tokenizer(self.source.folder, self.recipe.model.trust_remote_code)
 
     @cached_property
-    def splits(self) -> data.Splits:
-        return data.split(data.load(self.recipe.data), self.recipe.data)
+    def splits(self) -> dict[str, data.Splits]:
+        """Per data set."""
+        return {d.label: data.split(data.load(d), d) for d in self.recipe.data}
+
+    @cached_property
+    def data_commits(self) -> dict[str, str | None]:
+        """Source -> its Hub commit, where it is on the Hub."""
+        return {d.source: data.commit(d) for d in self.recipe.data}
+
+    @property
+    def calibration(self) -> list[Example]:
+        """Rows kept for scoring blocks and merges, those of several data sets in turn."""
+        return _in_turn([s.calibration for s in self.splits.values()])
+
+    @property
+    def held_out(self) -> list[Example]:
+        """Rows kept for measuring variants, those of several data sets in turn."""
+        return _in_turn([s.held_out for s in self.splits.values()])
 
     @property
     def original(self) -> PreTrainedModel:
         if self._original is None:
-            model = self.recipe.model
-            self._original = models.load(self.source.folder, model.dtype, model.trust_remote_code, model.device_map)
+            self._original = self.load_original()
         return self._original
+
+    def load_original(self) -> PreTrainedModel:
+        """The original, which the caller lets go."""
+        model = self.recipe.model
+        return models.load(self.source.folder, model.dtype, model.trust_remote_code, model.device_map)
 
     @property
     def family(self) -> Family:
@@ -58,8 +97,11 @@ class Session:
         from hfsd.family import Family
 
         if self._family is None:
-            adapters = {v.id: self.root / "train" / v.id / "adapter" for v in self.variants[2:]}
-            self._family = Family(self.original, self.checkpoint.plan.kept, adapters)
+            arms = [v.id for v in self.variants[2:]]
+            adapters = {i: self.root / "train" / i / "adapter" for i in arms}
+            adapters = {i: folder for i, folder in adapters.items() if folder.is_dir()}
+            whole = {i: merged_folder(self.root, i) for i in arms if i not in adapters}
+            self._family = Family(self.original, self.checkpoint.plan.kept, adapters, whole)
         return self._family
 
     @property
@@ -76,8 +118,10 @@ class Session:
         return {
             "model": self.source.ref,
             "device": str(models.device()),
-            "data": {"source": self.recipe.data.source, "revision": self.recipe.data.revision},
-            "seed": self.recipe.data.seed,
+            "data": {
+                d.label: {"source": d.source, "revision": self.data_commits[d.source] or d.revision, "seed": d.seed}
+                for d in self.recipe.data
+            },
         }
 
 
@@ -88,12 +132,13 @@ def scan(work: Session, stage: Stage) -> dict[str, Any]:
     asked = work.recipe.scan
     blocks = work.recipe.prune.blocks or 0
     if asked.calibration is None:
-        passages: list[data.Passage] = [chat.conversation(e) for e in work.splits.calibration]
+        passages: list[data.Passage] = [chat.conversation(e) for e in work.calibration]
     else:
-        passages = data.passages(Data(source=asked.calibration, seed=work.recipe.data.seed))
+        passages = data.passages(Data(source=asked.calibration, seed=work.recipe.data[0].seed))
     found = stages.run(work.original, work.tokenizer, passages, asked, blocks, work.source.ref)
-    stages.write(found.scores, asked.tokens, stage.path, found)
-    print(found.plan.sentence)
+    if processes.rank() == 0:
+        stages.write(found.scores, asked.tokens, stage.path, found)
+        print(found.plan.sentence)
     return {}
 
 
@@ -120,16 +165,20 @@ def rewrite(work: Session, stage: Stage) -> dict[str, Any]:
     from hfsd import endpoint, engines, vllm_engine
     from hfsd import rewrite as stages
 
-    asked = work.recipe.rewrite
+    asked, rows = work.recipe.rewrite, work.splits[_label(work, stage)]
 
     def engine() -> engines.Engine:
         if asked.endpoint is not None:
-            return endpoint.Remote(asked.endpoint, work.recipe.model.path)
+            source = work.source
+            names = (str(source.folder), source.ref.repo, source.ref.revision)
+            return endpoint.Remote(asked.endpoint, work.recipe.model.path, names)
         if asked.engine == "vllm":
             return vllm_engine.InProcess(work.source.folder, asked.tensor_parallel, work.recipe.model)
         return engines.Transformers(work.original, work.tokenizer, asked.batch_tokens)
 
-    stages.run(engine, work.splits.train, work.splits.calibration, asked, stage.key, stage.path)
+    ref = work.source.ref
+    model = f"{ref.repo}@{ref.revision}" if ref.revision else ref.repo
+    stages.run(engine, rows.train, rows.calibration, asked, stage.key, stage.path, model)
     return {}
 
 
@@ -138,15 +187,34 @@ def train(work: Session, stage: Stage) -> dict[str, Any]:
     from hfsd import train as stages
 
     work.release()
-    variant = _variant(work, stage)
-    base = work.root / "prune" / work.checkpoint.path
-    given = work.recipe.train.adapter_from.get(variant.arm)
-    if given is not None:
+    variant, asked, cut = _variant(work, stage), work.recipe.train, work.checkpoint
+    base = work.root / "prune" / cut.path
+    given = asked.adapter_from.get(variant.arm)
+    if given is None:
+        folder = work.root / work.recipe.rewrite_step(str(variant.data))
+        rows = {text: folder / f"{text}.parquet" for text in CONFIGS}
+        made = stages.run(base, rows, variant, asked, stage.path, cut.sha256, cut.plan, work.load_original)
+        return {"train_seeds": asked.seeds, "engine": made.engine}
+    if processes.rank() == 0:
         stages.adopt(Path(given), base, variant, stage.path)
-    else:
-        rows = {arm: work.root / "rewrite" / f"{config}.parquet" for arm, config in CONFIGS.items()}
-        stages.run(base, rows, variant, work.recipe.train, stage.path, work.checkpoint.sha256)
-    return {"train_seed": work.recipe.train.seed}
+    return {"train_seeds": asked.seeds}
+
+
+def merge(work: Session, stage: Stage) -> dict[str, Any]:
+    """merged/ of several arms, and merge.json."""
+    from hfsd import merge as stages
+
+    asked, variant = work.recipe.merge, _variant(work, stage)
+    assert asked is not None
+    work.release()
+    ids = [Variant(asked.arm, name, variant.seed).id for name in asked.of]
+    parts = {i: merged_folder(work.root, i) for i in ids}
+    base = work.root / "prune" / work.checkpoint.path
+    answers = [(chat.asked(e), e.reference) for e in work.calibration[:SCORE_ROWS]]
+    score = stages.loss_on(answers, work.tokenizer) if len(asked.t) > 1 else None
+    made = stages.run(parts, stage.path / "merged", asked.method, asked.t, score, base)
+    write_atomic(stage.path / "merge.json", dumps(made))
+    return {}
 
 
 def evaluate(work: Session, stage: Stage) -> dict[str, Any]:
@@ -157,7 +225,7 @@ def evaluate(work: Session, stage: Stage) -> dict[str, Any]:
     asked, variant = work.recipe.evaluate, _variant(work, stage)
     docs = work.root / "evaluate" / "documents"
     if "demo" in asked.tasks or any(t.startswith("demo_") for t in asked.tasks):
-        taskdata.write(taskdata.build(work.splits.held_out, asked.limit, asked.seed), docs)
+        taskdata.write(taskdata.build(work.held_out, asked.limit, asked.seed), docs)
     with work.family.use(variant.id) as model:
         rows = stages.run(model, work.tokenizer, variant, asked, docs, stage.path)
     write_atomic(stage.path / "scores.json", dumps(rows))
@@ -168,7 +236,7 @@ def compare(work: Session, stage: Stage) -> dict[str, Any]:
     """shift.json and answers.jsonl."""
     from hfsd import compare as stages
 
-    stages.run(work.family, work.tokenizer, work.splits.held_out, work.variants, work.recipe.compare, stage.path)
+    stages.run(work.family, work.tokenizer, work.held_out, work.variants, work.recipe.compare, stage.path)
     return {}
 
 
@@ -189,8 +257,13 @@ def report(work: Session, stage: Stage) -> dict[str, Any]:
         scan=load(Scan, scanned) if scanned.is_file() and work.recipe.prune.blocks else None,
         rows=scores(root, work.variants),
         shifts=shifts,
-        train_sets={work.recipe.data_name: load(TrainSet, root / "rewrite" / "stats.json")},
-        training=[load(TrainReport, root / "train" / v.id / "train.json") for v in work.variants[2:]],
+        train_sets={
+            d.label: load(TrainSet, root / work.recipe.rewrite_step(d.label) / "stats.json") for d in work.recipe.data
+        },
+        training=[load(TrainReport, root / "train" / v.id / "train.json") for v in work.variants if v.arm in TEXTS],
+        merges={
+            v.id: load(MergeReport, root / "merge" / v.id / "merge.json") for v in work.variants if v.arm == "merged"
+        },
         stage_seconds=stage_seconds(root),
         matmul_flop_cut=cut.matmul_flop_cut,
         param_cut=1 - cut.params / cut.original_params,
@@ -223,17 +296,32 @@ def stage_seconds(root: Path) -> dict[str, float]:
 def _card_facts(work: Session) -> dict[str, Any]:
     """What the cards state besides the results. What is not known is left out, never made up."""
     recipe, source = work.recipe, work.source
+    licenses = {d.license for d in recipe.data}
+    data_files = {f"{d.label}-{text}": f"{d.label}-{text}.parquet" for d in recipe.data for text in reversed(CONFIGS)}
     facts = {
         "license": recipe.model.license,
         "source": None if source.on_hub else source.ref.repo,
         "quantization": source.note or None,
-        "data_source": recipe.data.source,
-        "data_license": recipe.data.license,
-        "data_repo": recipe.data.source if data.is_hub(recipe.data.source) else None,
+        "data_source": " and ".join(d.source for d in recipe.data),
+        "data_commits": {s: c for s, c in work.data_commits.items() if c} or None,
+        "data_files": data_files if len(recipe.data) > 1 else None,
+        "data_license": licenses.pop() if len(licenses) == 1 else None,
+        "data_repos": [d.source for d in recipe.data if data.is_hub(d.source)] or None,
         "machine": f"{models.device()}, {os.cpu_count()} cores, {platform.machine()}",
         "trust_remote_code": recipe.model.trust_remote_code or None,
     }
     return {k: v for k, v in facts.items() if v is not None}
+
+
+def _in_turn(rows: Sequence[Sequence[Example]]) -> list[Example]:
+    """The first row of each, the second row of each, and so on."""
+    return [row for round_ in zip_longest(*rows) for row in round_ if row is not None]
+
+
+def _label(work: Session, stage: Stage) -> str:
+    """The data set of a rewriting step."""
+    labels = [d.label for d in work.recipe.data]
+    return labels[0] if len(labels) == 1 else stage.path.name
 
 
 def _variant(work: Session, stage: Stage) -> Variant:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from hfsd.errors import BadRequest
@@ -13,15 +14,17 @@ from hfsd.records import Example, Message
 
 Row = dict[str, Any]
 
-# (prompt columns, reference column), looked for in this order; the later prompt columns may be absent or empty.
-SHAPES: tuple[tuple[tuple[str, ...], str], ...] = (
-    (("question",), "answer"),  # GSM8K
-    (("instruction", "input"), "output"),  # Alpaca
-    (("instruction", "context"), "response"),  # Dolly
-    (("problem",), "generated_solution"),  # OpenMathInstruct
-    (("question",), "generated_solution"),
-    (("prompt",), "completion"),  # TRL, plain or as lists of messages
+# (prompt column, reference column), looked for in this order.
+SHAPES: tuple[tuple[str, str], ...] = (
+    ("question", "answer"),  # GSM8K
+    ("instruction", "output"),  # Alpaca
+    ("instruction", "response"),  # Dolly
+    ("problem", "generated_solution"),  # OpenMathInstruct
+    ("question", "generated_solution"),
+    ("prompt", "completion"),  # TRL, plain or as lists of messages
 )
+LATER = ("input", "context")  # a table's other prompt columns, which may be empty: they stand behind the first one
+NEITHER = "lack a prompt or a reference"
 FINAL_ANSWER = "expected_answer"  # OpenMathInstruct states it apart from the solution
 # Any other table with one column of each list is plain questions and answers.
 PROMPT_NAMES = ("question", "query", "prompt", "instruction", "problem", "input", "user")
@@ -30,58 +33,52 @@ REFERENCE_NAMES = ("answer", "response", "output", "completion", "solution", "ta
 
 def detect_columns(columns: Sequence[str]) -> tuple[tuple[str, ...], str] | None:
     """Prompt columns and reference column of a known shape, or None."""
-    for prompts, reference in SHAPES:
-        if prompts[0] in columns and reference in columns:
-            return tuple(p for p in prompts if p in columns), reference
     plain = [[c for c in columns if c.lower() in names] for names in (PROMPT_NAMES, REFERENCE_NAMES)]
-    if all(len(found) == 1 for found in plain):
-        return (plain[0][0],), plain[1][0]
-    return None
+    found = next((shape for shape in SHAPES if set(shape) <= set(columns)), None)
+    if found is None and all(len(names) == 1 for names in plain):
+        found = plain[0][0], plain[1][0]
+    if found is None:
+        return None
+    later = [c for name in LATER for c in columns if c.lower() == name and c not in found]
+    return (found[0], *later), found[1]
 
 
 def examples(rows: Sequence[Row], recipe: Data) -> list[Example]:
-    """Every answer of the rows. Rows that lack a prompt or an answer are left out and told by number, on stderr.
+    """Every answer of the rows. What lacks a prompt or an answer is left out and told by number, on stderr.
 
     Raises:
         BadRequest: no rows, a column that is not there, an unknown shape, or not one usable row.
     """
     if not rows:
         raise BadRequest(f"data.source: {recipe.source} has no rows")
-    found: list[Example] = []
-    bad: list[int] = []
+    if (recipe.prompt_column is None) != (recipe.reference_column is None):
+        names = ("prompt_column", "reference_column")
+        missing, given = names if recipe.prompt_column is None else names[::-1]
+        raise BadRequest(
+            f"data.{missing} is missing beside data.{given}: give both columns, or neither to have them found"
+        )
     if "messages" in rows[0] and recipe.prompt_column is None:
-        for number, turns in enumerate(conversations(rows, recipe), 1):
-            made = _of_conversation(turns)
-            found += made
-            bad += [] if made else [number]
-    else:
-        prompts, reference = _columns(rows[0], recipe)
-        for number, row in enumerate(rows, 1):
-            one = _of_row(row, prompts, reference)
-            if one is None:
-                bad.append(number)
-            else:
-                found.append(one)
-    if bad:
-        shown = ", ".join(map(str, bad[:10])) + (", ..." if len(bad) > 10 else "")
-        told = f"{len(bad)} of {len(rows)} rows lack a prompt or a reference: {shown} (counted from 1)"
-        if not found:
-            raise BadRequest(f"data.source: {recipe.source}: {told}")
-        print(f"{recipe.source}: {told}; they are left out", file=sys.stderr)
-    return found
+        return _of_conversations(rows, recipe)
+    prompts, reference = _columns(rows[0], recipe)
+    made = [_of_row(row, prompts, reference) for row in rows]
+    _tell(recipe, [n for n, one in enumerate(made, 1) if one is None], len(rows), NEITHER)
+    return [one for one in made if one is not None]
 
 
-def conversations(rows: Sequence[Row], recipe: Data) -> Iterator[list[Message]]:
-    """The `messages` of each row as roles and contents.
+def conversations(rows: Sequence[Row], recipe: Data) -> list[list[Message]]:
+    """The `messages` of each row as roles and contents. Rows without any are left out and told by number, on stderr.
 
     Raises:
-        BadRequest: a row has none (by number).
+        BadRequest: no row has any.
     """
-    for number, row in enumerate(rows, 1):
-        turns = _turns(row.get("messages"))
-        if not turns:
-            raise BadRequest(f"{recipe.source}: row {number} (counted from 1) has no messages with role and content")
-        yield turns
+    found = [_turns(row.get("messages")) for row in rows]
+    _tell(
+        recipe,
+        [n for n, turns in enumerate(found, 1) if not turns],
+        len(rows),
+        "have no messages with role and content",
+    )
+    return [turns for turns in found if turns]
 
 
 def example(
@@ -91,16 +88,44 @@ def example(
     return Example(_digest(history, prompt, reference), prompt, reference, group, history, answer)
 
 
-def _of_conversation(turns: list[Message]) -> list[Example]:
-    """One example per assistant turn that answers a user turn; all of a conversation are one group."""
-    group, found = _digest(turns), []
-    for at in range(1, len(turns)):
-        asked, answered = turns[at - 1], turns[at]
-        if (asked["role"], answered["role"]) == ("user", "assistant"):
-            prompt, reference = asked["content"].strip(), answered["content"].strip()
-            if prompt and reference:
-                found.append(example(prompt, reference, group, tuple(turns[: at - 1])))
-    return found
+def _of_conversations(rows: Sequence[Row], recipe: Data) -> list[Example]:
+    """The answers of all conversations; those that are none are told by the number of their row."""
+    made = [_of_conversation(_turns(row.get("messages"))) for row in rows]
+    usable = [any(answers) for answers in made]
+    _tell(recipe, [n for n, some in enumerate(usable, 1) if not some], len(rows), NEITHER)
+    holes = [n for n, answers in enumerate(made, 1) if usable[n - 1] and None in answers]
+    turns = sum(made[n - 1].count(None) for n in holes)
+    what = f"have assistant turns that are empty or answer no user turn, {turns} in all"
+    _tell(recipe, holes, len(rows), what, rows_stay=True)
+    return [one for answers in made for one in answers if one is not None]
+
+
+def _tell(recipe: Data, numbers: Sequence[int], total: int, what: str, rows_stay: bool = False) -> None:
+    """What is left out, by the numbers of its rows. Raises BadRequest where no row is left."""
+    if not numbers:
+        return
+    shown = ", ".join(map(str, numbers[:10])) + (", ..." if len(numbers) > 10 else "")
+    told = f"{len(numbers)} of {total} rows {what}: {shown} (counted from 1)"
+    if len(numbers) == total and not rows_stay:
+        raise BadRequest(f"data.source: {recipe.source}: {told}")
+    print(f"{recipe.source}: {told}; {'these turns' if rows_stay else 'they'} are left out", file=sys.stderr)
+
+
+def _of_conversation(turns: list[Message]) -> list[Example | None]:
+    """Per assistant turn its example, or None; all of a conversation are one group."""
+    group = _digest(turns)
+    return [_of_turn(turns[:at], turn, group) for at, turn in enumerate(turns) if turn["role"] == "assistant"]
+
+
+def _of_turn(before: list[Message], answered: Message, group: str) -> Example | None:
+    """An assistant turn as an example; None where it is empty, or answers a tool or another assistant turn.
+
+    An example's prompt is a user turn, so what follows another turn has none.
+    """
+    if not before or before[-1]["role"] != "user":
+        return None
+    prompt, reference = before[-1]["content"].strip(), answered["content"].strip()
+    return example(prompt, reference, group, tuple(before[:-1])) if prompt and reference else None
 
 
 def _digest(turns: Sequence[Message], *texts: str) -> str:
@@ -109,16 +134,15 @@ def _digest(turns: Sequence[Message], *texts: str) -> str:
 
 
 def _of_row(row: Row, prompts: tuple[str, ...], reference: str) -> Example | None:
-    if turns := _turns(row.get(prompts[0])):
-        answers = _turns(row.get(reference))
-        made = _of_conversation([*turns, *answers])
-        return made[-1] if made and len(answers) == 1 else None
-    texts = [str(row[c]).strip() for c in prompts if row.get(c)]
-    answer = str(row.get(reference) or "").strip()
-    if not answer or not str(row.get(prompts[0]) or "").strip():
+    turns, answers = _turns(row.get(prompts[0])), _turns(row.get(reference))
+    if turns or answers:
+        alone = [a["role"] for a in answers] == ["assistant"]
+        return _of_turn(turns, answers[0], _digest([*turns, *answers])) if alone else None
+    first, *later = (_cell(row.get(column)) for column in prompts)
+    answer = _cell(row.get(reference))
+    if not first or not answer:
         return None
-    stated = str(row.get(FINAL_ANSWER) or "").strip()
-    return example("\n\n".join(t for t in texts if t), answer, answer=stated)
+    return example("\n\n".join([first, *filter(None, later)]), answer, answer=_cell(row.get(FINAL_ANSWER)))
 
 
 def _columns(first: Row, recipe: Data) -> tuple[tuple[str, ...], str]:
@@ -136,12 +160,12 @@ def _columns(first: Row, recipe: Data) -> tuple[tuple[str, ...], str]:
 
 
 def _turns(value: Any) -> list[Message]:
-    """A cell's messages; none where it holds no list of roles and contents."""
+    """A cell's messages; none where it holds no list of turns with a role. A turn that calls a tool has no content."""
     if not isinstance(value, list | tuple):
         return []
     try:
-        return [{"role": str(m["role"]), "content": _text(m["content"])} for m in value]
-    except (TypeError, KeyError):
+        return [{"role": str(m["role"]), "content": _text(m.get("content"))} for m in value]
+    except (TypeError, KeyError, AttributeError):
         return []
 
 
@@ -149,4 +173,13 @@ def _text(content: Any) -> str:
     """A message's text; of a list of parts, that of its text parts."""
     if isinstance(content, list | tuple):
         return "".join(str(part.get("text") or "") for part in content if part.get("type", "text") == "text")
-    return str(content or "")
+    return "" if content is None else str(content)
+
+
+def _cell(value: Any) -> str:
+    """A cell's text: 0 is an answer, and what holds more than one value is stated as JSON."""
+    if value is None or value in ([], {}):
+        return ""
+    return (
+        json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, list | dict) else str(value)
+    ).strip()

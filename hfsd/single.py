@@ -1,15 +1,17 @@
-"""Single stages without a recipe, for what a user does by hand: `hfsd scan MODEL ...`, `hfsd prune MODEL ...`."""
+"""Single stages without a recipe, for what a user does by hand: `hfsd scan`, `hfsd prune`, `hfsd merge`."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from hfsd import data, models, processes, surgery
+from hfsd import chat, data, models, processes, surgery
+from hfsd import merge as merging
 from hfsd import prune as pruning
 from hfsd import scan as scanning
 from hfsd.errors import BadRequest
-from hfsd.recipe import Model, Prune, Recipe
-from hfsd.records import Checkpoint, PrunePlan, Scan
+from hfsd.recipe import Data, Model, Prune, Recipe
+from hfsd.records import Checkpoint, MergeReport, PrunePlan, Scan
 from hfsd.rundir import new_folder
 
 
@@ -25,7 +27,7 @@ def scan(recipe: Recipe, out: Path | None = None) -> Scan | None:
         The scan; None where `recipe.prune.blocks` is 0: then the ranges are scored and nothing is chosen.
     """
     source = models.resolve(recipe.model)
-    passages = data.passages(recipe.data)
+    passages = data.passages(recipe.data[0])
     asked = recipe.model
     loaded = models.load(source.folder, asked.dtype, asked.trust_remote_code, asked.device_map)
     tokenizer = models.load_tokenizer(source.folder, asked.trust_remote_code)
@@ -54,3 +56,39 @@ def prune(model: Model, out: Path, asked: Prune, plan: PrunePlan | None = None) 
     source = models.resolve(model)
     plan = plan or surgery.plan_by_hand(models.depth(source.folder), asked)
     return pruning.run(source.folder, source.ref, plan, out, asked.check, model.trust_remote_code, asked.max_shard_size)
+
+
+def merge(
+    names: Sequence[str],
+    out: Path,
+    method: str = "slerp",
+    t: Sequence[float] = (0.5,),
+    held_out: str | None = None,
+    rows: int = 64,
+    base: str | None = None,
+    parameters: Mapping[str, str] | None = None,
+    trust_remote_code: bool = False,
+) -> MergeReport:
+    """Writes the merge of models of one cut to the new folder `out`.
+
+    Args:
+        names: Hub ids or folders; what is not weights comes from the first.
+        held_out: data that no model was trained on; its first `rows` rows score each merge.
+
+    Raises:
+        BadRequest: `out` is there already, or as `hfsd.merge.run`.
+    """
+    if out.exists():
+        raise BadRequest(f"{out} is there already; give another --out, or remove it first")
+    if twice := next((n for n in names if names.count(n) > 1), None):
+        raise BadRequest(f"{twice} is given twice; a model merged with itself is that model")
+    if base is not None and not merging.takes_base(method):
+        raise BadRequest(f"--method {method} takes no base; leave --base out")
+    parts = {name: models.resolve(Model(path=name)).folder for name in names}
+    origin = models.resolve(Model(path=base)).folder if base else None
+    score = None
+    if held_out is not None:
+        examples = data.load(Data(source=held_out, pool=rows, streaming=True))[:rows]
+        tokenizer = models.load_tokenizer(next(iter(parts.values())), trust_remote_code)
+        score = merging.loss_on([(chat.asked(e), e.reference) for e in examples], tokenizer)
+    return merging.run(parts, out, method, t, score, origin, parameters, trust_remote_code)

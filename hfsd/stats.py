@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from hfsd.errors import HfsdError
 from hfsd.records import ARMS, EvalRow, Shift, TaskScore, TaskSummary, TrainReport, Variant, VariantSummary
@@ -159,6 +161,49 @@ def mean_score(counted: Sequence[TaskSummary], variant_id: str) -> TaskScore | N
         recovery=recovery(value, original),
         chance_corrected=recovery(value, original, chance),
     )
+
+
+@dataclass(frozen=True)
+class OverSeeds:
+    """One arm on one data set over its seeds: mean and sample standard deviation of the score and of the recovery.
+
+    `mean` is a share; `recovery` is in percent, None where the original is not above nought.
+    """
+
+    arm: str
+    data: str | None
+    seeds: tuple[int, ...]
+    mean: float
+    mean_sd: float
+    recovery: float | None
+    recovery_sd: float
+
+
+def over_seeds(variants: Sequence[VariantSummary]) -> list[OverSeeds]:
+    """The arms that were trained with several seeds and have a mean over tasks."""
+    groups: dict[tuple[str, str | None], list[VariantSummary]] = {}
+    for line in variants:
+        if line.variant.seed is not None and line.mean is not None:
+            groups.setdefault((line.variant.arm, line.variant.data), []).append(line)
+    found = []
+    for (arm, data), lines in groups.items():
+        if len(lines) < 2:
+            continue
+        means = [line.mean for line in lines if line.mean is not None]
+        shares = [line.recovery for line in lines if line.recovery is not None]
+        whole = len(shares) == len(lines)
+        found.append(
+            OverSeeds(
+                arm=arm,
+                data=data,
+                seeds=tuple(line.variant.seed for line in lines if line.variant.seed is not None),
+                mean=_mean(means),
+                mean_sd=statistics.stdev(means),
+                recovery=_mean(shares) if whole else None,
+                recovery_sd=statistics.stdev(shares) if whole else 0.0,
+            )
+        )
+    return found
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -57,7 +57,8 @@ def print_results(results: Results, root: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from hfsd.text import headline, notes, table
+    from hfsd.rundir import merged_folder
+    from hfsd.text import headline, notes, seeds_table, table
 
     console = Console(highlight=False, markup=False)
     console.print(f"\n{headline(results)}\n", style="bold")
@@ -72,12 +73,14 @@ def print_results(results: Results, root: Path) -> None:
     console.print(shown)
     for note in notes(results):
         console.print(f"- {note}")
+    for arm, seeds, mean, share in seeds_table(results)[1:]:
+        console.print(f"- {arm} over seeds {seeds}: mean {mean} %, recovery {share} %")
     arms = [v.variant.id for v in results.variants if v.variant.arm not in ("original", "pruned")]
     print(
         f"\nreport    {root / 'report' / 'report.md'}\nmodels    {root / 'publish'}\nrecipe    {root / 'recipe.yaml'}"
     )
     if arms:
-        merged = root / "train" / arms[-1] / "merged"
+        merged = merged_folder(root, arms[-1])
         print("\nload the recovered model:")
         print("  from transformers import AutoModelForCausalLM, AutoTokenizer")
         print(f'  model = AutoModelForCausalLM.from_pretrained("{merged}")')

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
-from hfsd.records import Results, Shift, TaskScore, TaskSummary, TrainSet, Variant, VariantSummary
-from hfsd.stats import Z95, compare, is_share
+from hfsd.records import STAGES, Results, Shift, TaskScore, TaskSummary, TrainSet, Variant, VariantSummary
+from hfsd.stats import Z95, compare, is_share, over_seeds
 
 NA = "n/a"
-STAGES = ("scan", "prune", "rewrite", "train", "evaluate", "compare", "report", "publish")
 REASONS = {
     "kept": "the original's own words are used",
-    "wrong answer": "the final answers differ, so the reference is used",
-    "truncated": "cut off by the token limit, so the reference is used",
-    "echo": "repeats a heading of the prompt, so the reference is used",
-    "too long": "much longer than the reference, which is used",
-    "unlike": "has too little in common with the reference, which is used",
-    "unlikely": "less likely under the original than the reference, which is used",
-    "leak": "speaks of the reference or of the task of responding, so the reference is used",
-    "empty": "no text came, so the reference is used",
-    "failed": "the engine gave up on the row, so the reference is used",
+    "wrong answer": "the final answers differ",
+    "truncated": "cut off by the token limit",
+    "echo": "repeats a heading of the prompt",
+    "too long": "much longer than the reference",
+    "unlike": "has too little in common with the reference",
+    "unlikely": "less likely under the original than the reference",
+    "leak": "speaks of the reference or of the task of responding",
+    "empty": "no text came",
+    "failed": "the engine gave up on the row",
 }
 
 
@@ -220,11 +220,27 @@ def verdicts(results: Results) -> list[str]:
     ids = {v.variant.id for v in results.variants}
     said = []
     for line in results.variants:
-        if line.variant.arm != "self-distilled":
+        variant = line.variant
+        if variant.arm in ("original", "pruned", "sft"):
             continue
-        sft = "sft" + line.variant.id.removeprefix("self-distilled")
-        said += [_verdict(results, line.variant.id, other) for other in (sft, "pruned") if other in ids]
+        sft = dataclasses.replace(variant, arm="sft").id
+        said += [_verdict(results, variant.id, other) for other in (sft, "pruned") if other in ids]
     return said
+
+
+def seeds_table(results: Results) -> list[list[str]]:
+    """Header row, then one row per arm and data set that was trained with several seeds; empty where none was."""
+    found = over_seeds(results.variants)
+    rows = [
+        [
+            Variant(s.arm, s.data).id,
+            ", ".join(map(str, s.seeds)),
+            f"{100 * s.mean:.1f} ± {100 * s.mean_sd:.1f}",
+            NA if s.recovery is None else f"{s.recovery:.1f} ± {s.recovery_sd:.1f}",
+        ]
+        for s in found
+    ]
+    return [["arm", "seeds", "mean %", "recovery %"], *rows] if rows else []
 
 
 def _verdict(results: Results, one: str, other: str) -> str:
@@ -270,25 +286,28 @@ def data_sentence(name: str, train_set: TrainSet) -> str:
     change = train_set.rewrite_chars / train_set.reference_chars - 1 if train_set.reference_chars else 0.0
     sampling = ", ".join(f"{k} {v}" for k, v in sorted(train_set.sampling.items()) if v is not None)
     others = "the reference answer in the others" if train_set.on_reject == "reference" else "the others left both sets"
+    rate = train_set.tokens_per_second
     told = (
         f"{name}: the original's own words are used in {percent(train_set.kept_fraction)} of "
         f"{plural(train_set.rows, 'row')}, {others}. Mode {train_set.mode}, engine {train_set.engine}"
-        f"{f' ({sampling})' if sampling else ''}, {train_set.n_tokens:,} tokens in {duration(train_set.seconds)}. "
-        f"Rewritten answers are {abs(100 * change):.0f}% {'longer' if change >= 0 else 'shorter'} than the references, "
-        f"in characters."
+        f"{f' ({sampling})' if sampling else ''}, {train_set.n_tokens:,} tokens in {duration(train_set.seconds)}"
+        f"{f' ({rate:,.1f} per second)' if rate else ''}. All rewrites, those not used included, are "
+        f"{abs(100 * change):.0f}% {'longer' if change >= 0 else 'shorter'} than the references, in characters."
     )
     if train_set.rewrite_nats is not None and train_set.reference_nats is not None:
         told += (
-            f" Given the prompt alone, the original's loss on them is {train_set.rewrite_nats:.2f} nats per token, "
-            f"on the references {train_set.reference_nats:.2f}."
+            f" Given the prompt alone, the original's loss on all of them is {train_set.rewrite_nats:.2f} nats per "
+            f"token, on the references {train_set.reference_nats:.2f}."
         )
     return told
 
 
 def reasons_table(train_set: TrainSet) -> list[list[str]]:
-    """Header row, then rows of the set by reason, the accepted first."""
+    """Header row, then rows of the set by reason, the accepted first; the others say what came of the row."""
+    fate = "the row is left out" if train_set.on_reject == "drop" else "the reference is used"
+    meanings = {reason: told if reason == "kept" else f"{told}, so {fate}" for reason, told in REASONS.items()}
     order = sorted(train_set.reasons.items(), key=lambda r: (r[0] != "kept", -r[1], r[0]))
-    rows = [[r, str(n), percent(n / max(1, train_set.rows)), REASONS.get(r, "")] for r, n in order]
+    rows = [[r, str(n), percent(n / max(1, train_set.rows)), meanings.get(r, "")] for r, n in order]
     return [["reason", "rows", "share", "meaning"], *rows]
 
 

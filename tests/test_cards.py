@@ -10,9 +10,9 @@ from dataclasses import replace
 import pytest
 import yaml
 
-from hfsd import assets, cards, metadata, records
+from hfsd import assets, cards, metadata, publish, recipes, records
 from hfsd.errors import BadRequest, HfsdError
-from hfsd.records import Example, ModelRef, Results, Rewrite, Variant
+from hfsd.records import Example, MergeReport, ModelRef, Results, Rewrite, Variant
 from tests.made import BREAKOUT, DISTILLED, GOOD, SFT, html, made, rows
 
 GGUF = ModelRef("package:tiny==0.1/tiny/tiny.Q4_1.gguf", "sha256:" + "b" * 64)
@@ -128,7 +128,7 @@ def test_the_card_says_what_it_recovers_and_what_it_lost():
     assert "removes blocks \\[2, 4) of 6" in card
     assert (
         "75.0% of 20 rows" in card
-        and "LoRA parameters | 4,096" in card
+        and "trained parameters | 4,096" in card
         and "lora_targets | q_proj, v_proj" in card
         and "warmup" not in card
     )
@@ -188,7 +188,9 @@ def test_yaml_breakers_in_facts_stay_values():
 
 
 def test_cards_are_clean_markdown():
-    for name, card in all_cards(made()).items():
+    facts = {"data_commits": {"org/rows": "c" * 40}}
+    full = cards.dataset_card(made(facts=facts), REPOS, EXAMPLES, ["shift.png"])
+    for name, card in (all_cards(made()) | {"full dataset": full}).items():
         outside = re.sub(r"^(`{3,})[^\n]*\n.*?^\1$", "```", body(card), flags=re.DOTALL | re.MULTILINE)
         assert not re.search(r"[ \t]+$", card, re.MULTILINE), name
         assert "\n\n\n" not in outside and card.endswith("\n") and not card.endswith("\n\n"), name
@@ -257,7 +259,8 @@ def test_seeds_and_merges_have_cards_too():
     scores = rows(GOOD)
     more = [replace(r, variant=v) for v in (seeded, merged) for r in scores if r.variant == DISTILLED]
     params = dict.fromkeys([*MODELS, seeded.id, merged.id], 700_000)
-    results = made(rows=scores + more, params=params)
+    how = MergeReport("slerp", 0.5, (SFT.id, DISTILLED.id), None, {}, [], 0.0, 0.0, 1.0, 1, "0.1.5")
+    results = made(rows=scores + more, params=params, merges={merged.id: how})
     for v in (seeded, merged):
         card = cards.model_card(results, v.id, REPOS | {v.id: f"me/{v.id}"}, {})
         assert cards.validate(card) == [] and front(card)["base_model"] == "me/tiny-pruned2"
@@ -289,7 +292,63 @@ def test_the_dataset_card_says_what_each_configuration_is_and_what_was_asked():
     for name in ("self-distilled", "reference"):
         assert f"configuration {name}: the " in card
     assert "user:\nRewrite {reference} ``` for {prompt}" in card and "Mode best" in card
-    assert "loss on them is 1.25 nats per token, on the references 1.50" in card
-    dropped = dataclasses.replace(told, on_reject="drop", asked=())
-    card = cards.dataset_card(made(train_sets={"tiny-data": dropped}), REPOS, EXAMPLES)
+    assert "the original's loss on all of them is 1.25 nats per token, on the references 1.50" in card
+    assert "All rewrites, those not used included, are 10% shorter than the references" in card
+    assert "the final answers differ, so the reference is used" in card and "much longer" not in card
+
+
+def test_dropped_rows_are_in_no_text_and_in_no_count():
+    (train_set,) = made().train_sets.values()
+    dropped = dataclasses.replace(train_set, rows=1200, used=800, on_reject="drop")
+    results = made(train_sets={"tiny-data": dropped})
+    card = cards.dataset_card(results, REPOS, EXAMPLES)
     assert "the others left both sets" in card and "What the original was asked" not in card
+    assert front(card)["size_categories"] == "n<1K" and "reference answer where" not in card
+    assert "configuration self-distilled: the original's own answers; rows whose rewrite was not acceptable" in card
+    assert "the final answers differ, so the row is left out" in card and "is used |" not in card
+    assert "tiny-data: 800 rows with the reference answers as they are." in cards.model_card(results, SFT.id, REPOS, {})
+    kept = made(train_sets={"tiny-data": dataclasses.replace(dropped, used=None, on_reject="reference")})
+    assert front(cards.dataset_card(kept, REPOS, EXAMPLES))["size_categories"] == "1K<n<10K"
+    assert "tiny-data: 1200 rows with" in cards.model_card(kept, SFT.id, REPOS, {})
+
+
+def test_the_dataset_card_says_which_model_at_which_commit_and_how_it_was_sampled():
+    (train_set,) = made().train_sets.values()
+    sampling = {"temperature": 0.7, "top_p": 0.9, "max_new_tokens": 64}
+    told = dataclasses.replace(train_set, sampling=sampling, tokens_per_second=88.9)
+    on_hub = {k: v for k, v in REPOS.items() if k != "original"}
+    facts = {"data_commits": {"org/rows": "c" * 40}, "data_source": "org/rows"}
+    card = cards.dataset_card(made(train_sets={"tiny-data": told}, facts=facts), on_hub, EXAMPLES)
+    assert f"rewritten by [org/tiny](https://huggingface.co/org/tiny) at commit {'a' * 40} in its own words" in card
+    assert f"- [org/rows](https://huggingface.co/datasets/org/rows) at commit {'c' * 40}" in card
+    assert "engine transformers (max_new_tokens 64, temperature 0.7, top_p 0.9)" in " ".join(
+        card.replace("\\", "").split()
+    )
+    assert "800 tokens in 9.0 s (88.9 per second)." in card and cards.validate(card) == []
+    read_from = (
+        f"[me/tiny-original](https://huggingface.co/me/tiny-original) (read from {GGUF.repo} at {GGUF.revision})"
+    )
+    published = cards.dataset_card(made(original=GGUF), REPOS, EXAMPLES)
+    assert f"rewritten by {read_from} in its own words" in published.replace("\\_", "_")
+    assert "The source data:" not in published
+
+
+def test_the_dataset_card_shows_the_picture_that_lies_beside_it():
+    card = cards.dataset_card(made(), REPOS, EXAMPLES, ["shift.png"])
+    assert re.findall(r"!\[[^]]*\]\(([^)]*)\)", card) == ["shift.png"] and cards.validate(card) == []
+    assert "![" not in cards.dataset_card(made(), REPOS, EXAMPLES)
+
+
+def test_the_picture_of_the_shift_is_published_where_there_is_one(tmp_path):
+    rewriting = tmp_path / "rewrite"
+    rewriting.mkdir()
+    for name in (*cards.DATA_FILES.values(), "rewrites.jsonl"):
+        (rewriting / name).write_text("")
+    asked = {"name": "tiny", "model": "org/tiny", "data": "rows.jsonl", "prune": {"remove": "0:1"}}
+    family = publish.Family(recipes.validate(asked), tmp_path, None, made(), [], REPOS)
+    assert "shift.png" not in publish._stage_dataset(family, tmp_path / "older")
+    (rewriting / "shift.png").write_bytes(b"\x89PNG")
+    assert "](shift.png)" in publish._stage_dataset(family, tmp_path / "newer")
+    staged = {"reference.parquet", "self-distilled.parquet", "rewrites.jsonl"}
+    assert {p.name for p in (tmp_path / "older").iterdir()} == staged
+    assert {p.name for p in (tmp_path / "newer").iterdir()} == staged | {"shift.png"}

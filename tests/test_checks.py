@@ -1,69 +1,15 @@
-"""Acceptance of rewrites: exact final numbers, leak phrases, empty and cut-off text."""
+"""Acceptance of rewrites: the checks, leak phrases, echoes, likeness, empty and cut-off text."""
 
 from __future__ import annotations
-
-from fractions import Fraction
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hfsd import answers, checks
+from hfsd import checks
 from hfsd.checks import Draft
 from hfsd.recipe import Rewrite as RewriteRecipe
 from hfsd.records import Example
-
-
-@pytest.mark.parametrize(
-    ("text", "number"),
-    [
-        ("#### 1,234", 1234),
-        ("first #### 3\n#### 4", 4),
-        ("the answer is $5.", 5),
-        ("The final answer is: -3 apples, not 4", -3),
-        ("so x = -3", -3),
-        (r"hence \boxed{\frac{1}{2}}", Fraction(1, 2)),
-        (r"hence \boxed{-\dfrac{3}{4}} of 9", Fraction(-3, 4)),
-        ("it is 50%", Fraction(1, 2)),
-        ("about 1/2", Fraction(1, 2)),
-        ("17 + 36 = 53 pebbles.", 53),
-        ("3-2=1", 1),
-        ("#### £28080", 28080),
-        ("#### -$1,000.50", Fraction("-1000.5")),
-        ("12 \u2212 3 = \u22129", -9),
-        ("costs 3.50", Fraction(7, 2)),
-        ("ends with 7.", 7),
-        ("#### 0.1", Fraction(1, 10)),
-    ],
-)
-def test_final_numbers(text: str, number: Fraction | int) -> None:
-    assert answers.final_number(text) == number
-
-
-@pytest.mark.parametrize("text", ["", "no number here", "room B12", "2/0", "####", "#### none of 3 things said"[:8]])
-def test_no_final_number(text: str) -> None:
-    assert answers.final_number(text) is None
-
-
-@given(st.fractions(max_denominator=1000).filter(lambda f: abs(f) < 10**9))
-def test_a_fraction_is_read_exactly(value: Fraction) -> None:
-    assert answers.final_number(f"The answer is {value.numerator}/{value.denominator}.") == value
-
-
-@given(st.integers(-(10**12), 10**12))
-def test_an_integer_is_read_with_and_without_commas(value: int) -> None:
-    assert answers.final_number(f"#### {value}") == answers.final_number(f"#### {value:,}") == value
-
-
-@given(st.text(max_size=80))
-def test_any_text_parses_or_does_not(text: str) -> None:
-    found = answers.final_number(text)
-    assert found is None or isinstance(found, Fraction)
-
-
-def test_two_unparsable_answers_are_not_equal() -> None:
-    assert not answers.same_answer("no number", "no number")
-    assert answers.same_answer("it is 0.50", "#### 1/2")
 
 
 @pytest.mark.parametrize(
@@ -78,7 +24,16 @@ def test_two_unparsable_answers_are_not_equal() -> None:
         ("I'm ready to help. What's the task?", "stop", "instruction", "leak"),
         ("### Response:\n4", "stop", "instruction", "echo"),
         ("**Instruction**\nAdd 2 and 2: 4", "stop", "instruction", "echo"),
+        ("### Response: 4", "stop", "instruction", "echo"),
+        ("**Response:** 4", "stop", "instruction", "echo"),
+        ("Your response: 4", "stop", "instruction", "echo"),
         ("The response is: 4", "stop", "instruction", "kept"),
+        ("Question: what is 2+2? It is 4.", "stop", "instruction", "kept"),
+        ("* Response: 4", "stop", "instruction", "kept"),
+        ("Based on the reference, it is 4", "stop", "instruction", "leak"),
+        ("Here is your response: 4", "stop", "instruction", "leak"),
+        ("It returns the reference to the node.", "stop", "code", "kept"),
+        ("I look forward to your response.", "stop", "instruction", "kept"),
         ("4 " * 300, "stop", "instruction", "too long"),
         ("4", "failed: 503", "math", "failed"),
     ],
@@ -104,11 +59,35 @@ def test_a_rewrite_must_be_like_its_reference_and_as_likely() -> None:
     assert checks.verdict(Draft("r", "blue sky", 3, "stop", "self", 9.0, 0.5), row, 1.5, loose) == "kept"
 
 
+@pytest.mark.parametrize("text", ["It is my response to you.", "### Question: 4\nWhy?"])
+def test_what_the_row_says_itself_is_no_leak_and_no_echo(text: str) -> None:
+    rules = RewriteRecipe(min_similarity=0)
+    found = [
+        checks.verdict(Draft("r", text, 1, "stop", "self"), Example("r", "Write.", reference), None, rules)
+        for reference in (text, "Another text.")
+    ]
+    assert found[0] == "kept" and found[1] in ("leak", "echo")
+
+
 @given(st.text(max_size=60), st.text(max_size=60))
-def test_overlap_is_symmetric_and_one_only_for_the_same_words(one: str, other: str) -> None:
+def test_overlap_is_symmetric_and_one_for_the_same_text(one: str, other: str) -> None:
     found = checks.overlap(one, other)
     assert 0 <= found <= 1 and found == checks.overlap(other, one)
-    assert checks.overlap("the cat sat", "The cat, sat!") == 1 and checks.overlap("a b", "c d") == 0
+    assert checks.overlap(one, one) == 1
+
+
+@pytest.mark.parametrize(
+    ("one", "alike", "other"),
+    [
+        ("the cat sat", "The cat, sat!", "a dog ran"),
+        ("✓", "✓", "✗"),
+        ("天空是蓝色的", "天空为什么是蓝色的", "我喜欢吃苹果"),
+        ("空が青いのは光の散乱のためです", "光が散乱するので空は青く見えます", "私は昨日友達と映画を見ました"),
+        ("ท้องฟ้าเป็นสีฟ้าเพราะแสงกระเจิง", "ท้องฟ้ามีสีฟ้าเนื่องจากการกระเจิงของแสง", "ฉันชอบกินข้าวผัดกุ้งมาก"),
+    ],
+)
+def test_words_are_counted_in_every_script(one: str, alike: str, other: str) -> None:
+    assert checks.overlap(one, alike) > 0.5 > 0.3 > checks.overlap(one, other)
 
 
 def test_the_final_answer_may_stand_apart_from_the_reference() -> None:
@@ -118,21 +97,19 @@ def test_the_final_answer_may_stand_apart_from_the_reference() -> None:
     )
     for text, reason in (("So 4.", "kept"), ("So 5.", "wrong answer")):
         assert checks.verdict(Draft("r", text, 1, "stop", "self"), row, None, rules) == reason
+    row = Example("r", "p?", "See.", answer="x^2+1")  # stated, though it has no mark
+    for text, reason in ((r"\boxed{1+x^2}", "kept"), (r"\boxed{x^3+1}", "wrong answer")):
+        assert checks.verdict(Draft("r", text, 1, "stop", "self"), row, None, rules) == reason
 
 
 @pytest.mark.parametrize(
     ("check", "text", "truth", "same"),
     [
-        ("math", r"so \boxed{x^2+1}", r"\boxed{1+x^2}", True),
         ("math", r"\boxed{x^2}", r"\boxed{x^3}", False),
-        ("math", r"\boxed{5 \text{ apples}}", "#### 5", True),
         ("math", "#### none", "#### none", False),
-        ("math", "at 3 m/h * 4 it is 12", "so 2 a/b is 12", True),
         ("exact", "The answer is  Paris.", "#### paris", True),
         ("exact", "Paris or Rome", "Paris", False),
-        ("exact", "", "", False),
         ("choice", "The answer is (B).", "B", True),
-        ("choice", "b)", "B", True),
         ("choice", "A is wrong, so it is C", "B", False),
         ("choice", "it is hot", "it is hot", False),
         (
@@ -153,27 +130,33 @@ def test_the_final_answer_may_stand_apart_from_the_reference() -> None:
             '{"name": "f", "arguments": {"a": 1}}',
             True,
         ),
+        (
+            "json",
+            '{"tool_calls": [{"type": "function", "function": {"name": "f", "arguments": "{\\"a\\": 1}"}}]}',
+            '{"name": "f", "parameters": {"a": 1}}',
+            True,
+        ),
+        ("json", '{"name": "Bob", "age": 3}', '{"name": "Bob", "age": 3}', False),
         ("json", "no call", "no call", False),
     ],
 )
 def test_final_answers(check: str, text: str, truth: str, same: bool) -> None:
-    assert answers.CHECKS[check](text, truth) is same
+    assert checks.CHECKS[check](text, truth) is same
+
+
+@pytest.mark.parametrize("text", ["[" * 5000, "[" * 400 + "]" * 400, '{"tool_calls": ' * 400 + "1" + "}" * 400])
+def test_brackets_without_end_hold_no_call(text: str) -> None:
+    assert checks.tool_calls(text) == []
 
 
 def test_the_check_follows_the_task() -> None:
-    call = Example("r", "p", '{"name": "f", "arguments": {}}')
-    plain = Example("r", "p", "print(1)")
+    call = Example("r", "p", '{"tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}')
+    plain = Example("r", "p", '{"name": "Bob"}')
     found = [
         checks.check_of(RewriteRecipe(task=t), row) for t in ("math", "instruction", "code") for row in (call, plain)
     ]
     assert found == ["math", "math", "none", "none", "json", "none"]
     assert checks.check_of(RewriteRecipe(task="math", check="exact"), plain) == "exact"
-
-
-def test_the_final_line_is_put_back_once() -> None:
-    assert answers.with_final_line("2 + 2 is 4.", "x\n#### 4") == "2 + 2 is 4.\n#### 4"
-    assert answers.with_final_line("so\n#### 4", "x\n#### 4") == "so\n#### 4"
-    assert answers.with_final_line("text", "no such line") == "text"
 
 
 def test_every_task_has_a_prompt_with_both_places() -> None:

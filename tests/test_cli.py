@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from hfsd import recipes
+from hfsd import rewrite as rewriting
 from hfsd.cli import app
+from hfsd.recipe import Rewrite
+from hfsd.records import Example
 from tests import tiny
 
 HEAVY = {"torch", "transformers", "trl", "peft", "gradio", "datasets", "lm_eval", "matplotlib", "huggingface_hub"}
@@ -50,7 +55,7 @@ def test_the_public_api_is_imported_when_it_is_used() -> None:
 
 def test_every_command_is_there() -> None:
     shown = CliRunner().invoke(app, ["--help"]).output
-    for name in "run scan prune rewrite train eval compare report push space init recipe".split():
+    for name in "run scan prune rewrite train merge eval compare report push space init recipe".split():
         assert f"\n  {name} " in shown, name
 
 
@@ -214,6 +219,15 @@ def test_prune_chooses_by_a_scan_keeps_by_hand_and_copies(model_folder: Path, tm
     assert {"copy", "structure", "numeric", "hash"} == set(kept["seconds"])
 
 
+def test_rewriting_by_hand_prunes_nothing(model_folder: Path, tmp_path: Path) -> None:
+    rows, out = tiny.data_file(tmp_path / "rows.jsonl", 40), tmp_path / "rewritten"
+    words = ["rewrite", str(model_folder), str(rows), "--mode", "reference", "--rows", "3", "--out", str(out), "--json"]
+    result = CliRunner().invoke(app, [*words, "--set", "rewrite.max_new_tokens=8"])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout.splitlines()[-1])["rows"] == 3
+    assert {p.name for p in out.iterdir() if p.is_dir()} == {"rewrite"}
+
+
 def test_rewrites_are_shown_side_by_side(tiny_run: Path, tmp_path: Path) -> None:
     for place in (tiny_run, tiny_run / "rewrite"):
         shown = CliRunner().invoke(app, ["rewrite", str(place), "--show", "3"], env={"COLUMNS": "120"})
@@ -228,11 +242,41 @@ def test_rewrites_are_shown_side_by_side(tiny_run: Path, tmp_path: Path) -> None
         assert result.exit_code == 2 and message in result.stderr
 
 
+def _rewritten(folder: Path) -> Path:
+    """A finished rewrite folder: three rejected rows, then two accepted ones."""
+    given = [Example(f"r{i}", "How many?", "There are two eggs") for i in range(5)]
+    texts = ["There are nine pears", *["There are nine eggs"] * 2, *["There are two brown eggs"] * 2]
+    (folder / "mine.jsonl").write_text(
+        "".join(json.dumps({"id": row.id, "text": text}) + "\n" for row, text in zip(given, texts, strict=True))
+    )
+    asked = Rewrite(**{"from": str(folder / "mine.jsonl"), "check": "exact", "min_similarity": 0.0, "max_growth": None})
+    accepted = [replace(row, answer=text if int(row.id[1]) > 2 else "") for row, text in zip(given, texts, strict=True)]
+    rewriting.run(lambda: pytest.fail("no engine is needed"), accepted, [], asked, "key", folder)
+    return folder
+
+
+def test_rewrites_are_shown_in_turn_and_in_colours(tmp_path: Path) -> None:
+    words = ["rewrite", str(_rewritten(tmp_path)), "--show"]
+    plain = CliRunner().invoke(app, [*words, "4"], env={"COLUMNS": "120"})
+    titles = re.findall(r"^(r\d)  (.+?) *$", plain.stdout, re.MULTILINE)
+    assert titles == [("r3", "kept"), ("r0", "wrong answer"), ("r4", "kept"), ("r1", "wrong answer")], plain.output
+    everything = CliRunner().invoke(app, [*words, "9"], env={"COLUMNS": "120"})
+    assert re.findall(r"^(r\d)  ", everything.stdout, re.MULTILINE) == ["r3", "r0", "r4", "r1", "r2"]
+    assert "\x1b[" not in plain.stdout
+
+    coloured = {"COLUMNS": "120", "FORCE_COLOR": "1", "TERM": "xterm", "NO_COLOR": None}
+    shown = CliRunner().invoke(app, [*words, "2"], env=coloured)
+    red, green = ({w.strip() for w in re.findall(rf"\x1b\[{n}m([^\x1b]*)\x1b", shown.stdout)} for n in (31, 32))
+    # of one side only: the accepted one adds a word, the rejected one has two others
+    assert (red - {""}, green - {""}) == ({"two", "eggs"}, {"brown", "nine", "pears"})
+    assert re.sub(r"\x1b\[[\d;]*m", "", shown.stdout).count("There are") == 4
+
+
 def test_init_prints_a_recipe_that_parses(model_folder: Path, tmp_path: Path) -> None:
     rows = tiny.data_file(tmp_path / "rows.jsonl")
     result = CliRunner().invoke(app, ["init", str(model_folder), str(rows), "--blocks", "2"])
     made = recipes.parse(result.stdout)
-    assert made.rewrite.task == "math" and made.prune.blocks == 2 and made.data.source == str(rows)
+    assert made.rewrite.task == "math" and made.prune.blocks == 2 and made.data[0].source == str(rows)
     assert (
         "prompt from question, reference from answer" in result.stdout and "# of 6; the scan chooses" in result.stdout
     )

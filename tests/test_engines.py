@@ -1,80 +1,18 @@
-"""Engines: batches equal single rows; an OpenAI-compatible server that fails, throttles and comes back."""
+"""Engines in this process: batches equal single rows, whatever fits in memory, and what the model cannot read."""
 
 from __future__ import annotations
 
-import json
-import re
-import threading
-from collections import Counter
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from hfsd import chat, engines, models, rewrite
-from hfsd.endpoint import Remote
-from hfsd.engines import Request, Sampling
-from hfsd.errors import HfsdError, Refusal
-from hfsd.recipe import Endpoint
-from hfsd.recipe import Rewrite as RewriteRecipe
-from hfsd.records import Example
-
-
-class Server(ThreadingHTTPServer):
-    """Answers chat completions with the last word of the user's message; `faults` are status codes to give first."""
-
-    faults: list[int]
-    asked: list[dict]
-    models: list[dict] | None
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Server
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        status = self.server.faults.pop(0) if self.server.faults else 200
-        self.server.asked.append(body)
-        last = body["messages"][-1]["content"].split()[-1]
-        choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": f"Echo {last}"}}
-        answer = {"choices": [choice], "usage": {"completion_tokens": 2, "prompt_tokens": 1, "total_tokens": 3}}
-        answer |= {"id": "1", "created": 0, "model": body["model"], "object": "chat.completion"}
-        raw = json.dumps(answer if status == 200 else {"error": "no"}).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(raw)))
-        self.end_headers()
-        self.wfile.write(raw)
-
-    def do_GET(self) -> None:
-        raw = json.dumps({"object": "list", "data": self.server.models}).encode()
-        self.send_response(200 if self.server.models is not None else 404)
-        self.send_header("Content-Length", str(len(raw)))
-        self.end_headers()
-        self.wfile.write(raw)
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # it forbids loopback too
-    made = Server(("127.0.0.1", 0), Handler)
-    made.faults, made.asked, made.models = [], [], [{"id": "org/model"}]
-    threading.Thread(target=made.serve_forever, daemon=True).start()
-    yield made
-    made.shutdown()
-    made.server_close()
-
-
-def _remote(server: Server, **options: object) -> Remote:
-    url = f"http://127.0.0.1:{server.server_address[1]}/v1"
-    return Remote(Endpoint(url=url, **options), "org/model")
-
-
-REQUESTS = [Request(f"r{i}", [{"role": "user", "content": f"say {i}"}]) for i in range(6)]
+from hfsd import chat, engines, models, vllm_engine
+from hfsd.engines import Batch, Request, Sampling
+from hfsd.errors import HfsdError
+from hfsd.recipe import Model
 
 
 def test_transformers_batches_equal_single_rows(model_folder: Path) -> None:
@@ -87,52 +25,6 @@ def test_transformers_batches_equal_single_rows(model_folder: Path) -> None:
     assert all(c.finish == "stop" or c.n_tokens == 10 for c in together)
     one, two = (engine.generate(asked, Sampling(10, temperature=1.0), seed=s) for s in (1, 1))
     assert one == two != engine.generate(asked, Sampling(10, temperature=1.0), seed=2)
-
-
-def test_remote_keeps_order_and_passes_sampling_on(server: Server) -> None:
-    made = _remote(server, concurrency=3).generate(REQUESTS, Sampling(17, 0.5, 0.9), seed=4)
-    assert [(c.id, c.text, c.n_tokens, c.finish) for c in made] == [(f"r{i}", f"Echo {i}", 2, "stop") for i in range(6)]
-    body = server.asked[0]
-    assert (body["model"], body["max_tokens"], body["temperature"], body["seed"]) == ("org/model", 17, 0.5, 4)
-
-
-def test_remote_tries_again_where_it_may_help(server: Server) -> None:
-    server.faults = [503, 429]
-    assert len(_remote(server).generate(REQUESTS[:2], Sampling(5), seed=0)) == 2
-    server.faults = [404]
-    with pytest.raises(HfsdError, match="check its URL and model name"):
-        _remote(server).generate(REQUESTS[:1], Sampling(5), seed=0)
-    server.faults = [500] * 9
-    with pytest.raises(HfsdError, match=r"after 2 tries; run again when the server is back"):
-        _remote(server, retries=1).generate(REQUESTS[:1], Sampling(5), seed=0)
-
-
-def test_a_row_that_the_server_refuses_is_given_up_with_the_reason(server: Server) -> None:
-    server.faults = [400]
-    first, second = _remote(server, concurrency=1).generate(REQUESTS[:2], Sampling(5), seed=0)
-    assert first.finish.startswith("failed: ") and "400" in first.finish and (first.text, first.n_tokens) == ("", 0)
-    assert second.finish == "stop"
-    server.faults = [500, 500]  # this row fails again and again, the other one does not
-    first, second = _remote(server, concurrency=1, retries=1).generate(REQUESTS[:2], Sampling(5), seed=0)
-    assert first.finish.startswith("failed: ") and second.finish == "stop"
-
-
-def test_a_server_of_another_model_is_refused(server: Server) -> None:
-    server.models = [{"id": "other/model"}]
-    with pytest.raises(Refusal, match="serves other/model, not org/model; set rewrite.endpoint.model"):
-        _remote(server).generate(REQUESTS[:1], Sampling(5), seed=0)
-    server.models = [{"id": "alias", "root": "/models/other"}]
-    with pytest.raises(Refusal, match="alias is /models/other there, not the original org/model"):
-        _remote(server, model="alias").generate(REQUESTS[:1], Sampling(5), seed=0)
-    server.models = [{"id": "alias", "root": "/models/model"}]
-    assert _remote(server, model="alias").generate(REQUESTS[:1], Sampling(5), seed=0)[0].finish == "stop"
-    assert not server.asked[:-1]
-
-
-def test_a_server_that_does_not_list_its_models_is_told(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
-    server.models = None
-    assert _remote(server).generate(REQUESTS[:1], Sampling(5), seed=0)[0].finish == "stop"
-    assert "/models lists no models (404); whose words these are is not checked" in capsys.readouterr().err
 
 
 def test_out_of_memory_halves_the_batch_and_goes_on(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,19 +76,151 @@ def test_likelihoods_equal_a_plain_computation(model_folder: Path) -> None:
         assert nats == pytest.approx(plain, rel=1e-5)
 
 
-def test_a_server_that_dies_and_comes_back_loses_no_row(server: Server, tmp_path: Path) -> None:
-    rows = [Example(f"e{i}", f"question {i}", f"so #### {i}") for i in range(9)]
-    asked = RewriteRecipe(batch_rows=3, task="instruction", mode="reference", min_similarity=0)
-    remote = _remote(server, retries=0)
-    server.faults = [200, 200, 200, 500, 500, 500]
-    with pytest.raises(HfsdError, match="finished batches are kept"):
-        rewrite.run(lambda: remote, rows, [], asked, "key", tmp_path)
-    (kept,) = (tmp_path / "work" / "batches.jsonl").read_text().splitlines()
-    finished = {f"question {row.id[1:]}" for row in rows if f'"{row.id}"' in kept}
-    stats = rewrite.run(lambda: remote, rows, [], asked, "key", tmp_path)
-    times = Counter(f"question {n}" for body in server.asked for n in re.findall(r"question (\d)", str(body)))
-    # Counted by question: a request of the failed batch may reach the server after the failure was raised.
-    assert len(finished) == 3 and all(times[question] == 1 for question in finished)
-    found = rewrite.read(tmp_path)
-    assert [e.id for e, _ in found] == [r.id for r in rows] == [r.id for _, r in found]
-    assert stats.rows == 9 and sum(stats.reasons.values()) == 9
+def test_likelihoods_make_only_the_logits_that_they_read(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = models.load(model_folder), models.load_tokenizer(model_folder)
+    talks = [(chat.single_turn("why " * (9 + 9 * i)), "because" * (i + 1)) for i in range(3)]
+    engine, made = engines.Transformers(model, tokenizer), []
+    few = engine.nats(talks)
+    real = type(model).forward
+
+    def forward(self: Any, *args: Any, **options: Any) -> Any:
+        out = real(self, *args, **options)
+        made.append(out.logits.shape[1])
+        return out
+
+    monkeypatch.setattr(type(model), "forward", forward)  # whose signature names no logits_to_keep
+    whole = engines.Transformers(model, tokenizer)
+    assert not whole._keeps_logits and engine._keeps_logits
+    assert whole.nats(talks) == pytest.approx(few, rel=1e-6) and engine.nats(talks) == few
+    pairs = [chat.answer_ids(tokenizer, *talk) for talk in talks]
+    longest = max(len(head + tail) for head, tail in pairs)
+    assert made == [longest, longest - min(len(head) for head, _ in pairs) + 1]
+
+
+def test_scoring_that_runs_out_of_memory_leaves_generation_its_budget(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    model, tokenizer = models.load(model_folder), models.load_tokenizer(model_folder)
+    engine = engines.Transformers(model, tokenizer)
+    talks = [(chat.single_turn("why"), "because")] * 4
+    expected, budget, real, sizes = engine.nats(talks), engine.budgets["generate"], type(model).forward, []
+
+    def small(self: Any, *args: Any, **options: Any) -> Any:
+        sizes.append(len(options["input_ids"]))
+        if sizes[-1] > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return real(self, *args, **options)
+
+    monkeypatch.setattr(type(model), "forward", small)
+    assert engine.nats(talks) == pytest.approx(expected) and sizes == [4, 2, 2]
+    assert engine.budgets["generate"] == budget > engine.budgets["score"]
+
+
+def test_sampling_after_an_out_of_memory_is_repeatable(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    model, tokenizer = models.load(model_folder), models.load_tokenizer(model_folder)
+    asked = [Request(f"r{i}", chat.single_turn("word")) for i in range(8)]
+    hot = Sampling(6, temperature=1.0)
+    engine = engines.Transformers(model, tokenizer)
+    size = len(tokenizer(chat.render(tokenizer, asked[0].messages))["input_ids"]) + 6
+    expected = engines.Transformers(model, tokenizer, batch_tokens=4 * size).generate(asked, hot, seed=3)
+    real = type(model).generate
+
+    def small(self: Any, **options: Any) -> Any:
+        if len(options["input_ids"]) > 4:
+            torch.rand(100)  # what was drawn until then
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return real(self, **options)
+
+    monkeypatch.setattr(type(model), "generate", small)
+    assert engine.generate(asked, hot, seed=3) == expected
+    assert len({c.text for c in expected}) > 4  # the halves of a batch do not draw the same numbers
+
+
+def test_a_prompt_that_fills_the_models_positions_fails_alone(model_folder: Path) -> None:
+    model, tokenizer = models.load(model_folder), models.load_tokenizer(model_folder)
+    engine = engines.Transformers(model, tokenizer)
+    assert engine.limit == 1024
+    empty = len(tokenizer(chat.render(tokenizer, chat.single_turn("")))["input_ids"])
+    lengths = {"fits": 10, "just": 1024 - empty - 3, "none": 1024 - empty, "over": 2000}
+    asked = [Request(name, chat.single_turn("x" * n)) for name, n in lengths.items()]
+    made = {c.id: c for c in engine.generate(asked, Sampling(6), seed=0)}
+    assert made["fits"] == engine.generate(asked[:1], Sampling(6), seed=0)[0]
+    assert made["just"] == engine.generate(asked[1:2], Sampling(3), seed=0)[0] and made["just"].n_tokens <= 3
+    assert made["none"].finish == "failed: 1024 tokens of prompt leave no room in the 1024 that the model reads"
+    assert made["over"].finish.startswith("failed: ") and (made["over"].text, made["over"].n_tokens) == ("", 0)
+    nats = engine.nats([(r.messages, "yes") for r in asked])
+    assert [n is None for n in nats] == [False, False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("fields", "limit"),
+    [
+        ({"max_position_embeddings": 2048}, 2048),
+        ({}, None),
+        ({"max_position_embeddings": 2048, "rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, 2048),
+        ({"max_position_embeddings": 2048, "rope_parameters": {"rope_type": "linear", "factor": 4.0}}, 8192),
+        (
+            {
+                "max_position_embeddings": 8192,
+                "rope_parameters": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048},
+            },
+            8192,
+        ),
+    ],
+)
+def test_how_many_tokens_a_model_reads(fields: dict[str, Any], limit: int | None) -> None:
+    config = SimpleNamespace(get_text_config=lambda decoder: SimpleNamespace(**fields))
+    assert engines.positions(config) == limit  # type: ignore[arg-type]
+
+
+class Vllm:
+    """vLLM's `LLM` as far as it is used: says its prompt's length, and refuses one without room for a token."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer, self.calls = tokenizer, []
+        self.llm_engine = SimpleNamespace(model_config=SimpleNamespace(max_model_len=1024))
+
+    def get_tokenizer(self) -> Any:
+        return self.tokenizer
+
+    def generate(self, prompts: list[dict[str, list[int]]], asked: Any, use_tqdm: bool) -> list[Any]:
+        ids = [p["prompt_token_ids"] for p in prompts]
+        if any(len(i) >= 1024 for i in ids):
+            raise ValueError("The decoder prompt is longer than the maximum model length of 1024")
+        self.calls.append([a.seed for a in asked] if isinstance(asked, list) else asked)
+        return [
+            SimpleNamespace(
+                outputs=[SimpleNamespace(text=f" {len(i)} ", token_ids=[1, 2], finish_reason="stop")],
+                prompt_logprobs=[{t: SimpleNamespace(logprob=-1.5)} for t in i],
+            )
+            for i in ids
+        ]
+
+
+def test_vllm_gets_several_batches_at_once_and_no_prompt_without_room(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = Vllm(models.load_tokenizer(model_folder))
+    fake = SimpleNamespace(LLM=lambda **_: llm, SamplingParams=SimpleNamespace)
+    monkeypatch.setitem(sys.modules, "vllm", fake)
+    engine = vllm_engine.InProcess(model_folder, 1, Model(path="x"))
+    asked = [Request(f"r{i}", chat.single_turn("x" * i)) for i in range(6)]
+    asked[4] = Request("r4", chat.single_turn("x" * 1024))
+    batches = [Batch(asked[:2], 7), Batch(asked[2:5], 8), Batch(asked[5:], 9)]
+    made = dict(engine.stream(iter(batches), Sampling(5)))
+    assert llm.calls == [[7, 7, 8, 8, 9]]  # one call; each row with the seed of its batch
+    assert [[c.id for c in made[k]] for k in range(3)] == [["r0", "r1"], ["r2", "r3", "r4"], ["r5"]]
+    assert made[1][2].finish.startswith("failed: ") and "leave no room in the 1024" in made[1][2].finish
+    assert [engine.generate(b.requests, Sampling(5), b.seed) for b in batches] == [made[k] for k in range(3)]
+    many = dict(engine.stream((Batch(asked[:1], k) for k in range(vllm_engine.AT_ONCE + 1)), Sampling(5)))
+    assert len(many) == vllm_engine.AT_ONCE + 1 and [len(c) for c in llm.calls[-2:]] == [vllm_engine.AT_ONCE, 1]
+    assert engine.nats([(asked[4].messages, "yes"), (asked[0].messages, "yes"), (asked[0].messages, "")]) == [
+        None,
+        pytest.approx(1.5),
+        None,
+    ]
+    assert engine.generate([asked[4]], Sampling(5), 0)[0].finish.startswith("failed: ")

@@ -131,7 +131,7 @@ def test_faults_of_shape_and_of_fact_are_told_together(model_folder: Path, tmp_p
     lines = str(caught.value).splitlines()
     assert len(lines) == 4
     for expected in (
-        "mean 'seed'",
+        "mean 'seeds'",
         "limit: input should be a valid integer",
         "no file nowhere.jsonl",
         "9 of the 6 blocks",

@@ -43,10 +43,10 @@ def test_all_faults_at_once_with_the_nearest_names() -> None:
         "data.rows: input should be greater than or equal to 1; got 0",
         "prune.remove: '9:3' is no range",
         "scn: unknown key (did you mean 'scan'?)",
-        "train.arms.0: input should be 'sft' or 'self-distilled'; got 'stf'",
+        "train.arms.0: input should be 'sft', 'self-distilled', 'sdd+kd' or 'on-policy'; got 'stf'",
     ):
         assert any(part in line for line in lines), part
-    assert len(lines) == 8  # the wrong arm is told twice: it leaves no arm
+    assert len(lines) == 7
 
 
 @pytest.mark.parametrize(
@@ -66,11 +66,50 @@ def test_one_way_to_prune(prune: str, message: str) -> None:
         recipes.parse(f"name: x\nmodel: m\ndata: d.jsonl\nprune: {prune}\n")
 
 
+def test_several_data_sets_and_their_faults() -> None:
+    several = "name: x\nmodel: m\ndata: [{source: a}, b]\nprune: {blocks: 2}\nmerge: {of: [a, b]}\n"
+    made = recipes.parse(several, sets=["data.0.rows=3"])
+    assert [(d.label, d.rows) for d in made.data] == [("a", 3), ("b", 1000)] and recipes.validate(
+        recipes.dump(made)
+    ) == made
+    assert (made.rewrite_step("a"), recipes.parse(MINIMAL).rewrite_step("rows")) == ("rewrite/a", "rewrite")
+    for text, sets, message in (
+        (several, ["data.rows=3"], "'data' is a list of 2; name one by its number: data.0.rows"),
+        (several.replace("[a, b]}", "[a, bb]}"), [], r"merge.of: no data set 'bb' \(did you mean 'b'\?\)"),
+        (several.replace("{source: a}", "{source: a, rows: 0}"), [], "data.0.rows: input should be greater"),
+        (several.replace(", b]\nprune", ", c/a]\nprune"), [], "two sets are called a, a; give them names of their own"),
+        (several + "train: {arms: [sft]}\n", [], "merge.arm: self-distilled is not trained"),
+        (several + "train: {adapter_from: {sft: x}}\n", [], "one adapter per arm, and data lists several"),
+        (several + "rewrite: {from: x.jsonl}\n", [], "rewrites of one data set, and data lists several"),
+    ):
+        with pytest.raises(BadRequest, match=message):
+            recipes.parse(text, sets=sets)
+
+
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
+        ("{lora: {scope: behind}}", "lora.scope is 'behind'; it is all or after-cut"),
+        ("{method: full, lora: {r: 4}}", "trains no adapter, but lora sets r"),
+        ("{seeds: [1, 1]}", r"\[1, 1\] names one of them twice"),
+        ("{seeds: [0, 1], adapter_from: {sft: x}}", "one adapter per arm, and seeds asks for 2"),
+    ],
+)
+def test_training_that_cannot_be(train: str, message: str) -> None:
+    with pytest.raises(BadRequest, match=message):
+        recipes.parse(f"{MINIMAL}train: {train}\n")
+
+
 def test_set_overrides_and_its_faults() -> None:
     made = recipes.parse(
         MINIMAL, sets=["prune.blocks=5", "data.rows=7", "train.sft.learning_rate=1e-4", "model.dtype=float16"]
     )
-    assert (made.prune.blocks, made.data.rows, made.data.source, made.model.path) == (5, 7, "rows.jsonl", "org/model")
+    assert (made.prune.blocks, made.data[0].rows, made.data[0].source, made.model.path) == (
+        5,
+        7,
+        "rows.jsonl",
+        "org/model",
+    )
     assert made.model.dtype == "float16" and made.train.sft["learning_rate"] == 1e-4
     assert recipes.parse(MINIMAL.replace("blocks: 3", "remove: 12:18")).prune.range == (12, 18)
     for item, message in (
@@ -116,6 +155,6 @@ def test_any_mapping_gives_a_recipe_or_one_error(data: dict) -> None:
 
 def test_names_of_models_and_data() -> None:
     made = recipes.load("demo")[0]
-    assert made.model_name == "smollm2-135m-instruct" and made.data_name == "gsm-symbolic"
+    assert made.model_name == "smollm2-135m-instruct" and made.data[0].label == "gsm-symbolic"
     path = made.model.path
     assert made.short(path) == "smollm2-135m-instruct"

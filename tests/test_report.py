@@ -13,8 +13,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hfsd import figures, markdown, records, report, text
-from hfsd.records import BlockScores, PrunePlan, Results
-from tests.made import BREAKOUT, DISTILLED, GOOD, PLAN, SFT, VARIANTS, answers, html, made, rows, scan
+from hfsd.records import BlockScores, PrunePlan, Results, Variant
+from tests.made import (
+    BREAKOUT,
+    DISTILLED,
+    GOOD,
+    ORIGINAL,
+    PLAN,
+    PRUNED,
+    SFT,
+    VARIANTS,
+    answers,
+    html,
+    made,
+    row,
+    rows,
+    scan,
+)
 
 
 def test_the_words_follow_the_intervals():
@@ -178,3 +193,20 @@ def test_the_import_is_light():
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_several_seeds_are_reported_as_mean_and_spread() -> None:
+    arms = [Variant(arm, "d", seed) for arm in ("sft", "self-distilled") for seed in (0, 1, 2)]
+    values = dict(zip([ORIGINAL, PRUNED, *arms], (0.8, 0.4, 0.5, 0.6, 0.7, 0.66, 0.7, 0.74), strict=True))
+    scores = [row(v, "tiny_match", x) for v, x in values.items()]
+    params = {v.id: 1000 for v in values}
+    found = made(rows=scores, params=params, shifts=[], training=[])
+    assert text.seeds_table(found) == [
+        ["arm", "seeds", "mean %", "recovery %"],
+        ["sft-d", "0, 1, 2", "60.0 ± 10.0", "75.0 ± 12.5"],
+        ["self-distilled-d", "0, 1, 2", "70.0 ± 4.0", "87.5 ± 5.0"],
+    ]
+    page = report.markdown(found, [], [])
+    assert "## Over seeds" in page and "60.0 ± 10.0" in page
+    one = [r for r in scores if r.variant.seed in (None, 0)]
+    assert text.seeds_table(made(rows=one, params=params, shifts=[], training=[])) == []

@@ -29,8 +29,11 @@ from hfsd.vllm_engine import InProcess
 if __name__ == "__main__":
     folder, asked = sys.argv[1], json.loads(Path(sys.argv[2]).read_text())
     engine = InProcess(Path(folder), 1, Model(path=folder, dtype="float32"), enforce_eager=True, max_model_len=1024)
-    made = engine.generate([Request(**r) for r in asked], Sampling(48), seed=0)
-    nats = engine.nats([(r["messages"], c.text) for r, c in zip(asked, made)])
+    long = Request("long", [{"role": "user", "content": "word " * 2000}])  # it would end the call for all rows
+    *made, failed = engine.generate([*(Request(**r) for r in asked), long], Sampling(48), seed=0)
+    assert failed.finish.endswith("tokens of prompt leave no room in the 1024 that the model reads"), failed
+    *nats, none = engine.nats([*((r["messages"], c.text) for r, c in zip(asked, made)), (long.messages, "yes")])
+    assert none is None
     Path(sys.argv[3]).write_text(json.dumps([[c.text, c.finish, n] for c, n in zip(made, nats)]))
 """
 
@@ -50,7 +53,7 @@ def folder() -> Path:
 @pytest.fixture(scope="module")
 def requests() -> list[Request]:
     recipe = recipes.load("demo")[0]
-    rows = data.split(data.load(recipe.data), recipe.data).train[:ROWS]
+    rows = data.split(data.load(recipe.data[0]), recipe.data[0]).train[:ROWS]
     return [Request(row.id, drafts.messages(row, "math", "reference")) for row in rows]
 
 

@@ -38,7 +38,7 @@ def test_scan_speed(demo_folder: Path, table: Table) -> None:
     import torch
 
     model, tokenizer = models.load(demo_folder), models.load_tokenizer(demo_folder)
-    passages = data.passages(recipes.load("demo")[0].data.model_copy(update={"pool": 400}))
+    passages = data.passages(recipes.load("demo")[0].data[0].model_copy(update={"pool": 400}))
     text = "\n".join(message["content"] for talk in passages for message in talk)
     chosen = calibration.sequences(tokenizer, [text], SEQUENCES, LENGTH)
     batches = list(calibration.batches(tokenizer, chosen, BUDGET, model.device))

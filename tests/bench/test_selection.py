@@ -20,7 +20,7 @@ WIDTHS = (2, 4, 6, 8)
 def test_verified_selection_is_near_the_best_cut(demo_folder: Path, table: Table) -> None:
     model, tokenizer = models.load(demo_folder), models.load_tokenizer(demo_folder)
     recipe = recipes.load("demo")[0]
-    passages = data.passages(recipe.data)
+    passages = data.passages(recipe.data[0])
     asked = Scan(rows=64, verify_rows=16)
     chosen = calibration.sequences(tokenizer, passages, asked.verify_rows, asked.max_length)
     held_out = list(calibration.batches(tokenizer, chosen, asked.batch_tokens, model.device))

@@ -28,11 +28,12 @@ DEFAULT_USERS = {"hf_loopback": "tester"}
 
 
 class Call(NamedTuple):
-    """One answered request. `path` is the target as sent, query included."""
+    """One answered request. `path` is the target as sent, query included; `sent` the bytes of a file in the answer."""
 
     method: str
     path: str
     status: int
+    sent: int = 0
 
 
 class LoopbackHub:
@@ -103,7 +104,8 @@ class _Handler(BaseHTTPRequestHandler):
             traceback.print_exc()
             self.close_connection = True
             response = Response(501, json.dumps({"error": f"{type(error).__name__}: {error}"}).encode())
-        hub.calls.append(Call(self.command, self.path, response.status))
+        sent = 0 if self.command == "HEAD" else response.length
+        hub.calls.append(Call(self.command, self.path, response.status, sent))
         self._send(response)
 
     do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = _answer
