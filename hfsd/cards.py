@@ -49,6 +49,7 @@ COLUMNS = [
     ["rewritten", "whether the completion is the original's own text"],
     ["reason", "kept, or why the rewrite was not used"],
 ]
+TAUGHT = ("sdd+kd", "on-policy")  # arms that have another loss than fine-tuning
 SHOWN_EXAMPLES = 8
 SHOWN_CHARS = 1200
 CITATION = """\
@@ -274,9 +275,10 @@ def _training_data(results: Results, variant: Variant, train_set: TrainSet | Non
 def _training_sentence(results: Results, report: TrainReport) -> str:
     if not report.steps:
         return "The adapter was not trained in this run: it was given, and merged into the pruned model."
-    others = [t.variant.id for t in results.training if t.fairness and t.fairness == report.fairness]
-    same = [i for i in others if i != report.variant.id]
-    shared = f" Everything but the text is shared with {' and '.join(same)}." if same else ""
+    others = [t.variant for t in results.training if t.fairness and t.fairness == report.fairness]
+    same = [v.id for v in others if v.id != report.variant.id and v.arm not in TAUGHT]
+    what = "Start, rows, their order and steps are" if report.variant.arm in TAUGHT else "Everything but the text is"
+    shared = f" {what} shared with {' and '.join(same)}." if same else ""
     how = {"full": "Every weight was trained.", "dora": "A DoRA adapter, merged into the weights."}
     how["qlora"] = "A LoRA adapter, trained on a 4-bit copy and merged into the unquantised weights."
     return f"{how.get(report.method, 'A LoRA adapter, merged into the weights.')}{shared}"

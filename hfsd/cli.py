@@ -6,16 +6,14 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-from hfsd import processes
+from hfsd import arguments, processes
+from hfsd.arguments import DataArg, Debug, Json, ModelArg, NewFolder, Out, RecipeArg, RemoteCode, RunArg, Sets
 from hfsd.errors import BadRequest, nearest
 from hfsd.terminal import numbers, print_results, print_rewrites, spoken
-
-if TYPE_CHECKING:
-    from hfsd.recipe import Recipe
 
 app = typer.Typer(
     help="Prune decoder blocks out of a language model and bring its quality back by self-data distillation.",
@@ -25,19 +23,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-Json = Annotated[bool, typer.Option("--json", help="Close with one machine-readable line on stdout.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-Sets = Annotated[
-    list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a field of the recipe; repeatable.")
-]
-Out = Annotated[Path | None, typer.Option("--out", help="Run directory (default: runs/NAME).")]
-NewFolder = Annotated[Path, typer.Option("--out", help="New folder for the result.")]
-ModelArg = Annotated[str, typer.Argument(help="Hub id, folder, *.gguf file, or package:DIST==VERSION/FILE.")]
-DataArg = Annotated[str, typer.Argument(help="gym:NAME, a .jsonl/.json/.csv/.parquet file, or a Hub dataset id.")]
-RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that the model's repo brings.")]
-RecipeArg = Annotated[str, typer.Argument(help="A recipe file, or a packaged name (see `hfsd recipe`).")]
-RunArg = Annotated[Path, typer.Argument(help="A finished run directory, such as runs/demo.")]
 
 
 @app.command()
@@ -96,9 +81,9 @@ def scan(
         given |= {"tokens": tokens, "select": select, "search": search}
         if not blocks and (select or search):
             raise BadRequest("--select and --search choose what to remove: say how much with --blocks COUNT")
-        _refuse_existing(out)
+        arguments.refuse_existing(out)
         cut = {"blocks": blocks}
-        found = single.scan(_recipe(model, calibration, cut, given, trust_remote_code, sets), out)
+        found = single.scan(arguments.recipe(model, calibration, cut, given, trust_remote_code, sets), out)
         sentence = found.plan.sentence if found else f"scored every range; {out / 'scores.png'} shows them"
         print(sentence)
         say(scores=str(out / "scores.json"), kept=list(found.plan.kept) if found else None, sentence=sentence)
@@ -136,14 +121,14 @@ def prune(
         asked = {"blocks": blocks, "remove": remove, "keep": keep, "check": check, "max_shard_size": max_shard_size}
         # A recipe names data; where no scan is asked for, none is read.
         cut = {k: v for k, v in asked.items() if v is not None}
-        made = _recipe(model, calibration or "none.jsonl", cut, {}, trust_remote_code, sets)
+        made = arguments.recipe(model, calibration or "none.jsonl", cut, {}, trust_remote_code, sets)
         if blocks and calibration is None:
             raise BadRequest(
                 "--blocks chooses by a scan: give --calibration DATA, or name blocks with --remove or --keep"
             )
         first = processes.rank() == 0
         if first:
-            _refuse_existing(out)
+            arguments.refuse_existing(out)
         found = single.scan(made) if blocks else None
         if not first:  # all of a launcher's processes scan, the first one cuts
             return
@@ -184,7 +169,7 @@ def rewrite(
                 "rewrite": {"task": task} | ({"mode": mode} if mode else {}),
                 "prune": {"remove": "0:1"},  # a recipe names a cut; rewriting does not depend on it
             }
-            root = _run_alone(out, asked, sets, "rewrite")
+            root = arguments.run_alone(out, asked, sets, "rewrite")
         folder = root / "rewrite" if (root / "rewrite").is_dir() else root
         if not (folder / "stats.json").is_file():
             raise BadRequest(f"{root} holds no finished rewrites; run `hfsd rewrite MODEL DATA --out {root}` first")
@@ -246,7 +231,7 @@ def merge(
         from hfsd.progress import quiet
 
         quiet()
-        shares, further = _numbers("--t", t or ["0.5"]), _pairs("--parameter", parameters)
+        shares, further = arguments.numbers("--t", t or ["0.5"]), arguments.pairs("--parameter", parameters)
         done = single.merge(parts, out, method, shares, data, rows, base, further, trust_remote_code)
         print(f"{done.sentence}; in {out}")
         say(checkpoint=str(out), report=done)
@@ -354,57 +339,3 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     app()
-
-
-def _refuse_existing(out: Path) -> None:
-    """Told before anything is paid for."""
-    if out.exists():
-        raise BadRequest(f"{out} is there already; give another --out, or remove it first")
-
-
-def _numbers(option: str, words: list[str]) -> list[float]:
-    """Numbers of an option that may be repeated, hold a comma list, or both."""
-    try:
-        return [float(part) for word in words for part in word.split(",")]
-    except ValueError:
-        raise BadRequest(f"{option} {','.join(words)}: give numbers, such as 0.5 or 0.3,0.5,0.7") from None
-
-
-def _pairs(option: str, words: list[str] | None) -> dict[str, str]:
-    pairs = dict(word.partition("=")[::2] for word in words or [])
-    if bad := next((name for name, value in pairs.items() if not name or not value), None):
-        raise BadRequest(f"{option} {bad}: write it as NAME=VALUE, such as density=0.5")
-    return pairs
-
-
-def _recipe(
-    model: str,
-    calibration: str,
-    cut: dict[str, Any],
-    scan: dict[str, Any],
-    trust_remote_code: bool,
-    sets: list[str] | None,
-) -> Recipe:
-    """What a single stage is asked, checked as a recipe is; `--set` may add to the options, not contradict them."""
-    from hfsd import recipes
-    from hfsd.progress import quiet
-
-    given = {"prune": cut, "scan": scan, "model": {"path": model}}
-    options = {f"{block}.{name}" for block, fields in given.items() for name, value in fields.items() if value}
-    for item in sets or []:
-        if item.partition("=")[0] in options:
-            raise BadRequest(f"--set {item} contradicts an option of this command; give one of them")
-    asked: dict[str, Any] = {"name": "single", "data": calibration, "prune": cut}
-    asked["model"] = {"path": model, "trust_remote_code": trust_remote_code}
-    asked["scan"] = {k: v for k, v in scan.items() if v is not None}
-    made = recipes.validate(asked, "arguments", sets)
-    quiet()
-    return made
-
-
-def _run_alone(out: Path, asked: dict[str, Any], sets: list[str] | None, stage: str) -> Path:
-    from hfsd import pipeline, recipes
-    from hfsd.recipe import slug
-
-    made: Recipe = recipes.validate({"name": slug(out.name), **asked}, "arguments", sets)
-    return pipeline.run(made, out=out, only=stage)

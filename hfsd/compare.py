@@ -14,9 +14,10 @@ from hfsd import chat
 from hfsd.engines import Request, Sampling, Transformers
 from hfsd.errors import BadRequest
 from hfsd.family import Family
+from hfsd.plain import dumps, from_json
 from hfsd.progress import Advance, track
 from hfsd.recipe import Compare as CompareRecipe
-from hfsd.records import Answer, Example, Shift, Variant, dumps, from_json
+from hfsd.records import Answer, Example, Shift, Variant
 from hfsd.rundir import write_atomic
 
 if TYPE_CHECKING:

@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfsd.errors import BadRequest, HfsdError
+from hfsd.plain import from_json, to_json
 from hfsd.recipe import Evaluate as EvaluateRecipe
-from hfsd.records import EvalRow, Variant, from_json, to_json
+from hfsd.records import EvalRow, Variant
 from hfsd.rundir import write_atomic
 
 if TYPE_CHECKING:

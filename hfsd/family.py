@@ -31,11 +31,13 @@ class Family:
         kept: Sequence[int],
         adapters: Mapping[str, Path],
         checkpoints: Mapping[str, Path] | None = None,
+        trust_remote_code: bool = False,
     ) -> None:
         self.original = original
         self.pruned: PreTrainedModel = surgery.view(original, kept)
         self.arms: PeftModel | None = None
         self.checkpoints = dict(checkpoints or {})
+        self._remote = trust_remote_code
         self._whole: tuple[str, PreTrainedModel] | None = None
         for name, folder in adapters.items():
             self._add(name, folder)
@@ -75,7 +77,7 @@ class Family:
         if self._whole is None or self._whole[0] != variant:
             self._whole = None
             dtype = str(self.original.dtype).removeprefix("torch.")
-            self._whole = (variant, models.load(self.checkpoints[variant], dtype))
+            self._whole = (variant, models.load(self.checkpoints[variant], dtype, self._remote))
         return self._whole[1]
 
     def _add(self, name: str, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""The pictures of a report, as PNG files. matplotlib is imported when one is drawn."""
+"""The pictures of single stages (scan, rewrite, train), as PNG files. matplotlib is imported when one is drawn."""
 
 from __future__ import annotations
 
@@ -13,15 +13,12 @@ from hfsd.records import (
     Candidate,
     Example,
     PrunePlan,
-    Results,
     Rewrite,
     Scan,
-    TaskScore,
     TrainReport,
     spelled,
 )
-from hfsd.stats import mean_score
-from hfsd.text import at_n, counted, in_percent, label, plural, recovered
+from hfsd.text import plural
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -51,32 +48,15 @@ STYLE: Any = {
 }
 
 
-def draw(results: Results, out: Path) -> list[str]:
-    """Writes the pictures that the results can fill, and returns their file names.
-
-    `block_scores.png` and `candidates.png` need a scan, `loss.png` a trained arm; `recovery.png` is always there.
-    """
-    files: dict[str, Callable[[], Figure]] = {"recovery.png": lambda: recovery(results)}
-    scan = results.scan
-    if scan and scan.scores:
-        files["block_scores.png"] = lambda: block_scores(chosen_scores(scan, results.plan), results.plan)
-    if scan and scan.candidates:
-        files["candidates.png"] = lambda: candidates(scan, results.plan)
-    if any(t.losses for t in results.training):
-        files["loss.png"] = lambda: loss(results.training)
-    _save(files, out)
-    return list(files)
-
-
 def draw_rewrites(pairs: Sequence[tuple[Example, Rewrite]], out: Path) -> None:
     """`shift.png`: how long, how like and how likely the rewrites are beside their references."""
-    _save({"shift.png": lambda: rewrite_shift(pairs)}, out)
+    save({"shift.png": lambda: rewrite_shift(pairs)}, out)
 
 
 def draw_loss(training: Sequence[TrainReport], out: Path) -> None:
     """`loss.png`: the training loss over the steps."""
     if any(t.losses for t in training):
-        _save({"loss.png": lambda: loss(training)}, out)
+        save({"loss.png": lambda: loss(training)}, out)
 
 
 def draw_scan(scores: BlockScores, scan: Scan | None, out: Path) -> None:
@@ -84,57 +64,7 @@ def draw_scan(scores: BlockScores, scan: Scan | None, out: Path) -> None:
     files: dict[str, Callable[[], Figure]] = {"scores.png": lambda: block_scores(scores, scan.plan if scan else None)}
     if scan and scan.candidates:
         files["losses.png"] = lambda: candidates(scan, scan.plan)
-    _save(files, out)
-
-
-def recovery(results: Results) -> Figure:
-    """One panel per task, the mean first: a dot and 95% interval per variant, its recovery in words beside it."""
-    panels = list(_panels(results))
-    ids = [v.variant.id for v in results.variants]
-    heights = [0.55 + 0.3 * len(ids)] * len(panels)
-    figure = _figure(8.0, sum(heights) + 0.75, len(panels))
-    for axes, (title, scores, chance, share, unit) in zip(figure.axes, panels, strict=True):
-        scale = 100 if share else 1
-        for y, line in enumerate(results.variants):
-            score = scores[line.variant.id]
-            axes.errorbar(
-                score.value * scale,
-                y,
-                xerr=_whiskers(score, scale),
-                fmt="o",
-                color=COLOURS.get(line.variant.arm, MUTED),
-                capsize=3,
-                markersize=6,
-                linewidth=1.6,
-            )
-            words, place = _recovery_label(score, line.variant.arm), (1.015, y)
-            tint = MUTED if line.variant.arm == "original" else "black"
-            axes.annotate(words, place, xycoords=("axes fraction", "data"), va="center", fontsize=9, color=tint)
-        if chance is not None:
-            axes.axvline(chance * scale, color=MUTED, linestyle=(0, (4, 3)), linewidth=1.1)
-            axes.annotate(
-                f"chance {100 * chance:.0f}%",
-                (chance * scale, 1),
-                xycoords=("data", "axes fraction"),
-                xytext=(3, -1),
-                textcoords="offset points",
-                fontsize=8,
-                color=MUTED,
-                va="top",
-            )
-        axes.set_yticks(range(len(ids)), ids)
-        axes.set_ylim(len(ids) - 0.4, -0.95)
-        axes.set_title(title)
-        axes.set_xlabel(unit, fontsize=9, labelpad=1)
-        axes.grid(axis="x", color="#E4E4E4", linewidth=0.8)
-        axes.set_axisbelow(True)
-        if share:
-            axes.set_xlim(0, 100)
-    words = (
-        "dots: scores; whiskers: 95% intervals; recovery: share of the original's score (after taking chance from both)"
-    )
-    figure.supxlabel(words, fontsize=8.5)
-    return figure
+    save(files, out)
 
 
 def block_scores(scores: BlockScores, plan: PrunePlan | None) -> Figure:
@@ -144,7 +74,7 @@ def block_scores(scores: BlockScores, plan: PrunePlan | None) -> Figure:
     if len(widths) < 4:
         return _score_lines(scores, cuts)
     n_layers = max(w + len(scores.values[w]) for w in widths) - 1
-    figure = _figure(7.6, 5.4)
+    figure = blank(7.6, 5.4)
     axes = figure.axes[0]
     grid = [[_at(scores.values[w], s) for s in range(n_layers)] for w in widths]
     step = widths[1] - widths[0]
@@ -174,7 +104,7 @@ def rewrite_shift(pairs: Sequence[tuple[Example, Rewrite]]) -> Figure:
     """
     rewrites = [r for _, r in pairs]
     both = [(r.reference_nats, r.nats) for r in rewrites if r.reference_nats is not None and r.nats is not None]
-    figure = _figure(7.6, 8.4 if both else 6.2, 4 if both else 3)
+    figure = blank(7.6, 8.4 if both else 6.2, 4 if both else 3)
     length, ratio, similarity, *likelihood = figure.axes
     sizes = [(len(e.reference), len(r.text)) for e, r in pairs]
     top = _high(sizes)
@@ -230,7 +160,7 @@ def candidates(scan: Scan, plan: PrunePlan) -> Figure:
     """Held-out loss of the model without each verified range, best first, beside the original's."""
     greedy = scan.candidates[0].proposed_by.startswith("greedy")
     ranked = scan.candidates if greedy else sorted(scan.candidates, key=lambda c: (c.loss, c.removed))
-    figure = _figure(7.6, 1.5 + 0.33 * len(ranked))
+    figure = blank(7.6, 1.5 + 0.33 * len(ranked))
     axes = figure.axes[0]
     for y, candidate in enumerate(ranked):
         chosen = candidate.removed == plan.removed
@@ -256,7 +186,7 @@ def candidates(scan: Scan, plan: PrunePlan) -> Figure:
 
 def loss(training: Sequence[TrainReport]) -> Figure:
     """Training loss of every arm over optimizer steps."""
-    figure = _figure(7.6, 4.2)
+    figure = blank(7.6, 4.2)
     axes = figure.axes[0]
     styles = ("-", "--", ":", "-.")
     drawn: dict[str, int] = {}
@@ -297,7 +227,7 @@ def _style() -> Iterator[None]:
         yield
 
 
-def _figure(width: float, height: float, rows: int = 1) -> Figure:
+def blank(width: float, height: float, rows: int = 1) -> Figure:
     """A figure outside pyplot: no window, no global state; saving it to PNG uses Agg."""
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -305,44 +235,6 @@ def _figure(width: float, height: float, rows: int = 1) -> Figure:
     figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08))
     figure.subplots(rows, 1, squeeze=False)
     return figure
-
-
-def _panels(results: Results) -> Iterator[tuple[str, dict[str, TaskScore], float | None, bool, str]]:
-    """(title, score per variant, chance, in percent, unit) of the mean and of every task."""
-    tasks = counted(results)
-    if len(tasks) > 1:
-        means = {v.variant.id: mean_score(tasks, v.variant.id) for v in results.variants}
-        chance = sum(t.chance or 0.0 for t in tasks) / len(tasks)
-        title = f"Mean of {plural(len(tasks), 'task')} ({at_n(tasks)} each)"
-        yield title, {k: m for k, m in means.items() if m}, chance, True, "score (%)"
-    for task in results.tasks:
-        share = in_percent(task)
-        title = f"{label(results, task)} ({task.metric}, n = {task.n}, {plural(task.shots, 'shot')})"
-        if not task.in_mean:
-            title += ", not in the mean"
-        unit = "score (%)" if share else f"{task.metric}{'' if task.higher_is_better else ' (lower is better)'}"
-        scores = task.scores if task.in_mean else {k: _without_recovery(s) for k, s in task.scores.items()}
-        yield title, scores, task.chance, share, unit
-
-
-def _without_recovery(score: TaskScore) -> TaskScore:
-    # near chance a ratio says nothing, so none is drawn for a task that does not count
-    return TaskScore(score.value, score.low, score.high, None, None)
-
-
-def _recovery_label(score: TaskScore, arm: str) -> str:
-    if score.recovery is None:
-        return ""
-    if arm == "original":  # 100% by definition: its row heads the column instead
-        return "recovery (corrected)"
-    corrected = "" if score.chance_corrected is None else f" ({recovered(score.chance_corrected)})"
-    return f"{recovered(score.recovery)}{corrected}"
-
-
-def _whiskers(score: TaskScore, scale: float) -> Any:
-    if score.low is None or score.high is None:
-        return None
-    return [[max(0.0, score.value - score.low) * scale], [max(0.0, score.high - score.value) * scale]]
 
 
 def _runs(blocks: Sequence[int]) -> list[tuple[int, int]]:
@@ -367,7 +259,7 @@ def _score_title(scores: BlockScores) -> str:
 
 
 def _score_lines(scores: BlockScores, cuts: Sequence[tuple[int, int]]) -> Figure:
-    figure = _figure(7.6, 4.2)
+    figure = blank(7.6, 4.2)
     axes = figure.axes[0]
     for (width, values), style in zip(sorted(scores.values.items()), ("-", "--", ":"), strict=False):
         starts, name = range(len(values)), plural(width, "block")
@@ -390,7 +282,8 @@ def _candidate_name(candidate: Candidate, greedy: bool) -> str:
     return candidate.blocks if greedy else f"{candidate.blocks}  ({candidate.proposed_by})"
 
 
-def _save(files: dict[str, Callable[[], Figure]], out: Path) -> None:
+def save(files: dict[str, Callable[[], Figure]], out: Path) -> None:
+    """Draws every picture in our style, into the file of its name."""
     out.mkdir(parents=True, exist_ok=True)
     for name, make in files.items():
         with _style():

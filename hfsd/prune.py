@@ -14,7 +14,8 @@ from typing import Any
 from hfsd import models, selfcheck, shards, surgery
 from hfsd.errors import BadRequest, HfsdError
 from hfsd.models import PROVENANCE
-from hfsd.records import Check, Checkpoint, Cut, ModelRef, Provenance, PrunePlan, dumps
+from hfsd.plain import dumps
+from hfsd.records import Check, Checkpoint, Cut, ModelRef, Provenance, PrunePlan
 from hfsd.rundir import link_or_copy, new_folder, write_atomic
 
 SHARD_BYTES = 5 * 10**9

@@ -19,9 +19,10 @@ from hfsd.assets import assets
 from hfsd.cards import DATA_FILES, dataset_card, model_card, pictures, space_card, validate
 from hfsd.compare import read as read_answers
 from hfsd.errors import HfsdError
-from hfsd.models import Source
+from hfsd.fetch import Source
+from hfsd.plain import dumps, load
 from hfsd.recipe import Recipe
-from hfsd.records import Example, Receipt, Results, Rewrite, dumps, load
+from hfsd.records import Example, Receipt, Results, Rewrite
 from hfsd.rewrite import read as read_rewrites
 from hfsd.rundir import link_or_copy, merged_folder, new_folder, sha256, write_atomic
 from hfsd.text import headline

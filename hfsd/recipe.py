@@ -66,6 +66,11 @@ class Data(Block):
     )
     seed: int = Field(0, description="seed of generation, split and order")
 
+    @field_validator("name")
+    @classmethod
+    def _is_name(cls, value: str | None) -> str | None:
+        return None if value is None else _name(value)
+
     @model_validator(mode="after")
     def _something_left(self) -> Data:
         if self.held_out + self.calibration >= 1:
@@ -262,13 +267,20 @@ class Train(Block):
         description="any field of peft.LoraConfig; and scope: all (the default), or after-cut: only blocks behind the "
         "cut, so that the backward pass ends there",
     )
-    sft: dict[str, Any] = Field(default_factory=dict, description="any field of trl.SFTConfig, for every arm")
-    kd: dict[str, Any] = Field(default_factory=dict, description="more fields for sdd+kd: any of TRL's GKDConfig")
+    sft: dict[str, Any] = Field(
+        default_factory=dict, description="any field of trl.SFTConfig, for every arm whose trainer has it"
+    )
+    kd: dict[str, Any] = Field(
+        default_factory=dict, description="more fields for sdd+kd: what TRL's GKDConfig has beside SFTConfig's"
+    )
     on_policy: dict[str, Any] = Field(
-        default_factory=dict, description="more fields for on-policy: any of trl.DistillationConfig"
+        default_factory=dict,
+        description="more fields for on-policy: what trl.DistillationConfig has beside SFTConfig's",
     )
     budget: Literal["rows", "tokens"] = Field(
-        "rows", description="rows: every arm sees each row as often; tokens: as many trained completion tokens"
+        "rows",
+        description="rows: every arm sees each row as often; tokens: as many trained completion tokens, to the nearest "
+        "step",
     )
     seeds: tuple[int, ...] = Field(
         (0,),
@@ -279,9 +291,7 @@ class Train(Block):
     @field_validator("arms", "seeds")
     @classmethod
     def _each_once(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:
-        if len(set(value)) < len(value):
-            raise ValueError(f"{list(value)} names one of them twice")
-        return value
+        return _distinct(value)
 
     @model_validator(mode="after")
     def _scope_fits(self) -> Train:
@@ -291,6 +301,8 @@ class Train(Block):
             raise ValueError(
                 f"method: full trains no adapter, but lora sets {', '.join(self.lora)}; remove one of them"
             )
+        if self.budget == "tokens" and "on-policy" in self.arms:
+            raise ValueError("budget: tokens counts a given text, and the arm on-policy makes its own; leave one out")
         if self.adapter_from and len(self.seeds) > 1:
             raise ValueError(f"adapter_from gives one adapter per arm, and seeds asks for {len(self.seeds)}")
         return self
@@ -302,7 +314,7 @@ class Train(Block):
 
 
 class Merge(Block):
-    of: tuple[str, ...] = Field(min_length=2, description="names of the data sets whose models are merged")
+    of: tuple[str, ...] = Field(min_length=2, description="names of the data sets whose models are merged, each once")
     arm: Arm = Field("self-distilled", description="the arm whose models are merged")
     method: str = Field("slerp", description="a merge method of mergekit, by its name there")
     t: tuple[float, ...] = Field(
@@ -311,6 +323,18 @@ class Merge(Block):
         description="share of the second model, 0 to 1; of several the one with the least loss on rows kept for "
         "calibration is taken",
     )
+
+    @field_validator("of", "t")
+    @classmethod
+    def _each_once(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:
+        return _distinct(value)
+
+    @field_validator("t")
+    @classmethod
+    def _are_shares(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if wrong := [t for t in value if not 0 <= t <= 1]:
+            raise ValueError(f"{wrong[0]:g} is no share from 0 to 1")
+        return value
 
 
 class Evaluate(Block):
@@ -370,9 +394,7 @@ class Recipe(Block):
     @field_validator("name")
     @classmethod
     def _is_name(cls, value: str) -> str:
-        if not NAME.match(value):
-            raise ValueError(f"{value!r} must be lower-case letters, digits, '.', '_' and '-', at most 64 of them")
-        return value
+        return _name(value)
 
     @model_validator(mode="after")
     def _sets_fit(self) -> Recipe:
@@ -403,6 +425,18 @@ class Recipe(Block):
     def short(path: str) -> str:
         """The short name of a model from its Hub id, folder or file."""
         return slug(re.sub(r"(\.Q\d\w*|\.f16|\.f32)?\.gguf$", "", Path(path).name))
+
+
+def _name(value: str) -> str:
+    if not NAME.match(value):
+        raise ValueError(f"{value!r} must be lower-case letters, digits, '.', '_' and '-', at most 64 of them")
+    return value
+
+
+def _distinct(value: tuple[Any, ...]) -> tuple[Any, ...]:
+    if len(set(value)) < len(value):
+        raise ValueError(f"{list(value)} names one of them twice")
+    return value
 
 
 def as_range(text: str) -> tuple[int, int]:

@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hfsd import figures, stats
+from hfsd import report_figures, stats
 from hfsd.errors import HfsdError
 from hfsd.figures import COLOURS
 from hfsd.markdown import escape, fence, shorten
 from hfsd.markdown import table as table_of
+from hfsd.plain import dumps
 from hfsd.records import (
     Answer,
     EvalRow,
@@ -22,7 +23,6 @@ from hfsd.records import (
     Shift,
     TrainReport,
     TrainSet,
-    dumps,
 )
 from hfsd.text import (
     count,
@@ -109,7 +109,7 @@ def write(results: Results, answers: Sequence[Answer], out: Path) -> list[Path]:
     out.mkdir(parents=True, exist_ok=True)
     record = out / "results.json"
     record.write_text(dumps(results), encoding="utf-8")
-    pictures = figures.draw(results, out)
+    pictures = report_figures.draw(results, out)
     page = out / "report.md"
     page.write_text(markdown(results, answers, pictures), encoding="utf-8")
     return [record, *(out / p for p in pictures), page]

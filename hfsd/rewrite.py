@@ -19,8 +19,9 @@ from hfsd.drafts import Drafts, Similarity, messages, overlaps
 from hfsd.engines import Engine
 from hfsd.errors import BadRequest
 from hfsd.markdown import without_paths
+from hfsd.plain import dumps
 from hfsd.recipe import Rewrite as RewriteRecipe
-from hfsd.records import CONFIGS, Example, Message, Rewrite, TrainSet, dumps
+from hfsd.records import CONFIGS, Example, Message, Rewrite, TrainSet
 from hfsd.rundir import sha256, write_atomic
 
 BY = ("engine", "model", "sampling")  # what every line of rewrites.jsonl says of how its text came about

@@ -25,7 +25,8 @@ from typing import Any
 import psutil
 
 from hfsd.errors import HfsdError, Refusal
-from hfsd.records import SCHEMA, dumps
+from hfsd.plain import dumps
+from hfsd.records import SCHEMA
 
 START, DONE = "START.json", "DONE.json"
 PACKAGES = ("hfsd", "torch", "transformers", "datasets", "peft", "trl", "accelerate", "lm_eval", "huggingface_hub")

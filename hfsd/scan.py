@@ -16,10 +16,11 @@ from hfsd import calibration, figures, models, processes, surgery
 from hfsd.calibration import Batch
 from hfsd.data import Passage
 from hfsd.errors import BadRequest, HfsdError, Refusal
+from hfsd.plain import dumps
 from hfsd.progress import track
 from hfsd.recipe import Scan as ScanRecipe
 from hfsd.recipe import as_range
-from hfsd.records import BlockScores, Candidate, ModelRef, PrunePlan, Scan, dumps
+from hfsd.records import BlockScores, Candidate, ModelRef, PrunePlan, Scan
 from hfsd.rundir import write_atomic
 from hfsd.verify import Blocks, Verifier
 

@@ -93,39 +93,38 @@ def read(data: Mapping[str, Path], tokenizer: PreTrainedTokenizerBase, max_lengt
 
 
 def order(rows: Rows, pace: Pace) -> list[int]:
-    """Row numbers in the order of training, every epoch's, equal for all texts.
+    """Row numbers in the order of training, every epoch's, equal for all texts, in whole steps.
 
     Rows of like length stand together, by the longest of a row's texts: what an arm's own lengths would group
-    differently would no longer be the same order.
+    differently would no longer be the same order. The last step is filled up from the start: of a partial one, several
+    processes would train on other rows than one does.
     """
     if pace.strategy not in STRATEGIES:
         raise BadRequest(f"train.sft.train_sampling_strategy is {pace.strategy!r}; it is {', '.join(STRATEGIES)}")
-    total = pace.max_steps * pace.per_step if pace.max_steps > 0 else round(pace.epochs * len(rows))
+    whole = max(1, round(pace.epochs * len(rows)))
+    total = pace.max_steps * pace.per_step if pace.max_steps > 0 else whole
     longest = [max(row) for row in zip(*rows.lengths.values(), strict=True)]
     found: list[int] = []
-    for epoch in itertools.count():
-        if len(found) >= total:
-            return found[:total]
+    epoch = 0
+    while len(found) < total:
         found += _epoch(longest, pace, pace.seed + epoch)
-    raise AssertionError("unreachable")
+        epoch += 1
+    found = found[:total]
+    return [*found, *itertools.islice(itertools.cycle(found), -total % pace.per_step)]
 
 
 def within_budget(rows: Rows, order: Sequence[int], text: str, pace: Pace) -> list[int]:
     """The part of the order that an arm of this text is trained on.
 
     `rows`: all of it. `tokens`: up to as many trained completion tokens as the text with the fewest has, to the nearest
-    row.
+    step.
     """
     if pace.budget == "rows":
         return list(order)
     target = min(sum(trained[i] for i in order) for trained in rows.trained.values())
     sums = list(itertools.accumulate((rows.trained[text][i] for i in order), initial=0))
-    return list(order[: max(1, min(range(len(sums)), key=lambda k: abs(sums[k] - target)))])
-
-
-def in_whole_steps(order: Sequence[int], pace: Pace) -> list[int]:
-    """The order with its last step filled up from the start: TRL's on-policy sampler leaves out a partial one."""
-    return [*order, *itertools.islice(itertools.cycle(order), -len(order) % pace.per_step)]
+    ends = range(pace.per_step, len(order) + 1, pace.per_step)
+    return list(order[: min(ends, key=lambda end: abs(sums[end] - target))])
 
 
 def _epoch(lengths: Sequence[int], pace: Pace, seed: int) -> list[int]:

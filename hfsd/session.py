@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from hfsd import chat, data, models, processes, recipes, surgery
+from hfsd import chat, data, fetch, models, processes, recipes, surgery
+from hfsd.plain import dumps, from_json, load
 from hfsd.recipe import Data, Recipe
 from hfsd.records import (
     CONFIGS,
@@ -29,11 +30,8 @@ from hfsd.records import (
     TrainReport,
     TrainSet,
     Variant,
-    dumps,
-    from_json,
-    load,
 )
-from hfsd.rundir import DONE, Stage, merged_folder, read_json, write_atomic
+from hfsd.rundir import DONE, Stage, append_log, merged_folder, read_json, write_atomic
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -53,8 +51,8 @@ class Session:
         self._family: Family | None = None
 
     @cached_property
-    def source(self) -> models.Source:
-        return models.resolve(self.recipe.model)
+    def source(self) -> fetch.Source:
+        return fetch.resolve(self.recipe.model)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -101,7 +99,8 @@ class Session:
             adapters = {i: self.root / "train" / i / "adapter" for i in arms}
             adapters = {i: folder for i, folder in adapters.items() if folder.is_dir()}
             whole = {i: merged_folder(self.root, i) for i in arms if i not in adapters}
-            self._family = Family(self.original, self.checkpoint.plan.kept, adapters, whole)
+            remote = self.recipe.model.trust_remote_code
+            self._family = Family(self.original, self.checkpoint.plan.kept, adapters, whole, remote)
         return self._family
 
     @property
@@ -187,16 +186,19 @@ def train(work: Session, stage: Stage) -> dict[str, Any]:
     from hfsd import train as stages
 
     work.release()
-    variant, asked, cut = _variant(work, stage), work.recipe.train, work.checkpoint
-    base = work.root / "prune" / cut.path
+    variant, asked, cut, model = _variant(work, stage), work.recipe.train, work.checkpoint, work.recipe.model
+    folder = work.root / "prune" / cut.path
+    pruned = stages.Pruned(folder, cut.plan, cut.sha256, model.dtype, model.trust_remote_code)
     given = asked.adapter_from.get(variant.arm)
     if given is None:
-        folder = work.root / work.recipe.rewrite_step(str(variant.data))
-        rows = {text: folder / f"{text}.parquet" for text in CONFIGS}
-        made = stages.run(base, rows, variant, asked, stage.path, cut.sha256, cut.plan, work.load_original)
+        rewritten = work.root / work.recipe.rewrite_step(str(variant.data))
+        rows = {text: rewritten / f"{text}.parquet" for text in CONFIGS}
+        made = stages.run(pruned, rows, variant, asked, stage.path, work.load_original)
+        if processes.rank() == 0:
+            append_log(work.root, f"{stage.name}: {made.engine}")
         return {"train_seeds": asked.seeds, "engine": made.engine}
     if processes.rank() == 0:
-        stages.adopt(Path(given), base, variant, stage.path)
+        stages.adopt(Path(given), pruned, variant, stage.path)
     return {"train_seeds": asked.seeds}
 
 
@@ -212,7 +214,9 @@ def merge(work: Session, stage: Stage) -> dict[str, Any]:
     base = work.root / "prune" / work.checkpoint.path
     answers = [(chat.asked(e), e.reference) for e in work.calibration[:SCORE_ROWS]]
     score = stages.loss_on(answers, work.tokenizer) if len(asked.t) > 1 else None
-    made = stages.run(parts, stage.path / "merged", asked.method, asked.t, score, base)
+    made = stages.run(
+        parts, stage.path / "merged", asked.method, asked.t, score, base, None, work.recipe.model.trust_remote_code
+    )
     write_atomic(stage.path / "merge.json", dumps(made))
     return {}
 
@@ -264,7 +268,7 @@ def report(work: Session, stage: Stage) -> dict[str, Any]:
         merges={
             v.id: load(MergeReport, root / "merge" / v.id / "merge.json") for v in work.variants if v.arm == "merged"
         },
-        stage_seconds=stage_seconds(root),
+        stage_seconds=stage_seconds(root, [v.id for v in work.variants]),
         matmul_flop_cut=cut.matmul_flop_cut,
         param_cut=1 - cut.params / cut.original_params,
         facts=_card_facts(work),
@@ -287,10 +291,14 @@ def scores(root: Path, variants: list[Variant]) -> list[EvalRow]:
     return [from_json(EvalRow, row) for rows in found for row in rows]
 
 
-def stage_seconds(root: Path) -> dict[str, float]:
-    """Wall time of every finished step, from the markers."""
-    markers = sorted(root.rglob(DONE))
-    return {m.parent.relative_to(root).as_posix(): float(read_json(m)["seconds"]) for m in markers}
+def stage_seconds(root: Path, variants: Sequence[str]) -> dict[str, float]:
+    """Wall time of every finished step, from the markers; not of variants that the recipe no longer has."""
+    found = {}
+    for marker in sorted(root.rglob(DONE)):
+        stage, _, name = marker.parent.relative_to(root).as_posix().partition("/")
+        if stage not in ("train", "merge", "evaluate") or name in variants:
+            found[f"{stage}/{name}".rstrip("/")] = float(read_json(marker)["seconds"])
+    return found
 
 
 def _card_facts(work: Session) -> dict[str, Any]:

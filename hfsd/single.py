@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from hfsd import chat, data, models, processes, surgery
+from hfsd import chat, data, fetch, models, processes, surgery
 from hfsd import merge as merging
 from hfsd import prune as pruning
 from hfsd import scan as scanning
@@ -26,7 +26,7 @@ def scan(recipe: Recipe, out: Path | None = None) -> Scan | None:
     Returns:
         The scan; None where `recipe.prune.blocks` is 0: then the ranges are scored and nothing is chosen.
     """
-    source = models.resolve(recipe.model)
+    source = fetch.resolve(recipe.model)
     passages = data.passages(recipe.data[0])
     asked = recipe.model
     loaded = models.load(source.folder, asked.dtype, asked.trust_remote_code, asked.device_map)
@@ -53,7 +53,7 @@ def prune(model: Model, out: Path, asked: Prune, plan: PrunePlan | None = None) 
     """
     if out.exists():
         raise BadRequest(f"{out} is there already; give another --out, or remove it first")
-    source = models.resolve(model)
+    source = fetch.resolve(model)
     plan = plan or surgery.plan_by_hand(models.depth(source.folder), asked)
     return pruning.run(source.folder, source.ref, plan, out, asked.check, model.trust_remote_code, asked.max_shard_size)
 
@@ -84,8 +84,8 @@ def merge(
         raise BadRequest(f"{twice} is given twice; a model merged with itself is that model")
     if base is not None and not merging.takes_base(method):
         raise BadRequest(f"--method {method} takes no base; leave --base out")
-    parts = {name: models.resolve(Model(path=name)).folder for name in names}
-    origin = models.resolve(Model(path=base)).folder if base else None
+    parts = {name: fetch.resolve(Model(path=name)).folder for name in names}
+    origin = fetch.resolve(Model(path=base)).folder if base else None
     score = None
     if held_out is not None:
         examples = data.load(Data(source=held_out, pool=rows, streaming=True))[:rows]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hfsd import data, models, shapes
+from hfsd import data, fetch, shapes
 from hfsd.errors import BadRequest
 from hfsd.recipe import Data, Model, Recipe, slug
 from hfsd.recipes import parse
@@ -58,7 +58,7 @@ def recipe_for(model: str, source: str, blocks: int) -> str:
     Raises:
         BadRequest: the model or the data set is not there, or has fewer blocks than are to go.
     """
-    depth = models.depth_of(Model(path=model))
+    depth = fetch.depth_of(Model(path=model))
     if not 0 < blocks < depth:
         raise BadRequest(f"--blocks {blocks}: {model} has {depth} blocks, so 1 to {depth - 1} can go")
     columns, task = _columns(source)

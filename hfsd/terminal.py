@@ -22,7 +22,7 @@ from hfsd import processes
 from hfsd.errors import HfsdError
 
 if TYPE_CHECKING:
-    from hfsd.records import Example, Results, Rewrite
+    from hfsd.records import Example, Results, Rewrite, Variant
 
 
 @contextmanager
@@ -47,7 +47,7 @@ def spoken(debug: bool, as_json: bool) -> Iterator[Callable[..., None]]:
             as_json,
         )
     if as_json:
-        from hfsd.records import to_json
+        from hfsd.plain import to_json
 
         print(json.dumps({"ok": True, **to_json(closing)}))
 
@@ -67,7 +67,7 @@ def print_results(results: Results, root: Path) -> None:
     shown = Table(show_lines=True, padding=0)
     shown.add_column(overflow="fold")
     for line in results.variants:
-        shown.add_column("\n".join([line.variant.arm, line.variant.data or ""]).strip(), overflow="fold")
+        shown.add_column("\n".join(_name_lines(line.variant)), overflow="fold")
     for name, *values in figures:
         shown.add_row(name, *(value.replace(" [", "\n[") for value in values))
     console.print(shown)
@@ -86,6 +86,11 @@ def print_results(results: Results, root: Path) -> None:
         print(f'  model = AutoModelForCausalLM.from_pretrained("{merged}")')
         print(f'  tokenizer = AutoTokenizer.from_pretrained("{merged}")')
     print(f"compare side by side:  hfsd space {root}\npublish:               hfsd push {root} --to NAME")
+
+
+def _name_lines(variant: Variant) -> list[str]:
+    seed = "" if variant.seed is None else f"seed {variant.seed}"
+    return [part for part in (variant.arm, variant.data, seed) if part]
 
 
 def print_rewrites(pairs: Sequence[tuple[Example, Rewrite]], count: int) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from decode import Column, Settings
 
-from hfsd import chat, hub, models, records
+from hfsd import chat, hub, models, plain, records
 from hfsd.errors import BadRequest, HfsdError
 from hfsd.family import Family
 from hfsd.markdown import without_paths
@@ -234,7 +234,7 @@ def read_spec(path: Path) -> Spec:
         BadRequest: there is none, or it is not what publish writes.
     """
     try:
-        return records.load(Spec, path)
+        return plain.load(Spec, path)
     except FileNotFoundError:
         raise BadRequest(f"no {path}; this folder is run as `hfsd push` or `hfsd space RUN` stages it") from None
     except (json.JSONDecodeError, TypeError, ValueError, AttributeError) as error:

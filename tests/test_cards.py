@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import yaml
 
-from hfsd import assets, cards, metadata, publish, recipes, records
+from hfsd import assets, cards, metadata, plain, publish, recipes
 from hfsd.errors import BadRequest, HfsdError
 from hfsd.records import Example, MergeReport, ModelRef, Results, Rewrite, Variant
 from tests.made import BREAKOUT, DISTILLED, GOOD, SFT, html, made, rows
@@ -54,7 +54,7 @@ def test_every_card_passes_its_own_checks():
 
 
 def test_cards_are_equal_to_the_byte_even_from_a_file():
-    read_back = records.from_json(Results, json.loads(records.dumps(made())))
+    read_back = plain.from_json(Results, json.loads(plain.dumps(made())))
     assert all_cards(made()) == all_cards(made()) == all_cards(read_back)
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from hfsd import cards, models, pipeline
+from hfsd import cards, fetch, models, pipeline
 from hfsd.family import Family
-from hfsd.records import Results, load
+from hfsd.plain import load
+from hfsd.records import Results
 
 ROOT = Path(__file__).parents[1] / "runs" / "demo"
 pytestmark = [
@@ -71,7 +72,7 @@ def test_the_merged_checkpoint_and_the_shared_family_agree() -> None:
 
     merged = models.load(ROOT / "train" / ARM / "merged")
     recipe = pipeline.recipes.load("demo")[0]
-    original = models.load(models.resolve(recipe.model).folder)
+    original = models.load(fetch.resolve(recipe.model).folder)
     kept = load(Results, ROOT / "report" / "results.json").plan.kept
     family = Family(original, kept, {ARM: ROOT / "train" / ARM / "adapter"})
     ids = torch.arange(100, 140)[None]

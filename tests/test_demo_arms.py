@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from hfsd import models, recipes, train
+from hfsd import fetch, models, recipes, train
+from hfsd.plain import load
 from hfsd.recipe import Train
-from hfsd.records import CONFIGS, Checkpoint, Variant, load
+from hfsd.records import CONFIGS, Checkpoint, Variant
 
 ROOT = Path(__file__).parents[1] / "runs" / "demo"
 pytestmark = [
@@ -30,10 +31,11 @@ def test_arms_that_learn_from_the_original(arm: str, tmp_path: Path) -> None:
         sft={"per_device_train_batch_size": 4, "max_steps": 3, "learning_rate": 3e-4},
         on_policy={"max_completion_length": 48},
     )
-    source = models.resolve(recipes.load("demo")[0].model).folder
+    source = fetch.resolve(recipes.load("demo")[0].model).folder
     data = {text: ROOT / "rewrite" / f"{text}.parquet" for text in CONFIGS}
     base, out = ROOT / "prune" / cut.path, tmp_path / f"{arm}-d"
-    made = train.run(base, data, Variant(arm, "d"), asked, out, cut.sha256, cut.plan, lambda: models.load(source))
+    pruned = train.Pruned(base, cut.plan, cut.sha256)
+    made = train.run(pruned, data, Variant(arm, "d"), asked, out, lambda: models.load(source))
     losses = [v for _, v in made.losses]
     print(arm, losses, made.tokens, made.seconds)
     assert made.steps == 3 and len(losses) == 3 and all(0 < v < 5 for v in losses)

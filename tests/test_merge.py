@@ -19,7 +19,8 @@ pytest.importorskip("mergekit", reason="merging needs mergekit (extra merge)")
 from hfsd import alike, merge, models, shards
 from hfsd.cli import app
 from hfsd.errors import BadRequest, HfsdError, Refusal
-from hfsd.records import MergeReport, ModelRef, Provenance, dumps, load
+from hfsd.plain import dumps, load
+from hfsd.records import MergeReport, ModelRef, Provenance
 from tests import architectures, tiny
 
 N = 2  # blocks

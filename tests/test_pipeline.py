@@ -12,7 +12,8 @@ import pytest
 
 from hfsd import pipeline
 from hfsd.errors import BadRequest, HfsdError, Refusal
-from hfsd.records import Results, load
+from hfsd.plain import load
+from hfsd.records import Results
 from tests import tiny
 
 

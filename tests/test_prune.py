@@ -15,7 +15,8 @@ import pytest
 
 from hfsd import models, prune, shards, surgery
 from hfsd.errors import BadRequest, HfsdError, Refusal
-from hfsd.records import ModelRef, Provenance, PrunePlan, load
+from hfsd.plain import load
+from hfsd.records import ModelRef, Provenance, PrunePlan
 from tests import tiny
 
 REF = ModelRef("org/model", "c0ffee")

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from hfsd import cards
-from hfsd.records import Receipt, from_json
+from hfsd.plain import from_json
+from hfsd.records import Receipt
 from hfsd.rundir import sha256
 from tests.hub import hub_env, run_client
 from tests.hub.server import LoopbackHub

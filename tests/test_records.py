@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hfsd.records import BlockScores, Candidate, ModelRef, PrunePlan, Receipt, Scan, Variant, dumps, from_json, to_json
+from hfsd.plain import dumps, from_json, to_json
+from hfsd.records import BlockScores, Candidate, ModelRef, PrunePlan, Receipt, Scan, Variant
 
 finite = st.floats(allow_nan=False, allow_infinity=False, width=32)
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hfsd import figures, markdown, records, report, text
+from hfsd import figures, markdown, plain, records, report, text
 from hfsd.records import BlockScores, PrunePlan, Results, Variant
 from tests.made import (
     BREAKOUT,
@@ -76,7 +76,7 @@ def test_written_files(written: list[Path]):
     tmp_path = written[0].parent
     names = [p.name for p in written]
     assert names == ["results.json", "recovery.png", "block_scores.png", "candidates.png", "loss.png", "report.md"]
-    assert records.load(Results, tmp_path / "results.json") == made()
+    assert plain.load(Results, tmp_path / "results.json") == made()
     for picture in tmp_path.glob("*.png"):
         pixels = matplotlib.image.imread(picture)
         assert min(pixels.shape[:2]) > 200 and pixels[..., :3].std() > 0.01
@@ -92,8 +92,8 @@ def test_same_records_same_bytes(written: list[Path], tmp_path: Path):
 
 
 def test_a_reader_of_results_json_gets_the_same_report():
-    again = records.from_json(Results, records.to_json(made()))
-    read_back = records.from_json(Results, json.loads(records.dumps(made())))
+    again = plain.from_json(Results, plain.to_json(made()))
+    read_back = plain.from_json(Results, json.loads(plain.dumps(made())))
     assert (
         report.markdown(again, answers(), [])
         == report.markdown(read_back, answers(), [])

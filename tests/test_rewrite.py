@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from hfsd import chat, checks, drafts, figures, rewrite, shapes
 from hfsd.engines import Answered, Completion, Engine, Request, Sampling
 from hfsd.errors import BadRequest, HfsdError
+from hfsd.plain import load
 from hfsd.recipe import Rewrite as RewriteRecipe
-from hfsd.records import Example, Rewrite, TrainSet, load
+from hfsd.records import Example, Rewrite, TrainSet
 
 ROWS = [shapes.example(f"What is {i} + 1?", f"{i} + 1 = {i + 1}.\n#### {i + 1}") for i in range(10)]
 SPARE = [shapes.example(f"What is {i} + 2?", f"{i} + 2 = {i + 2}.\n#### {i + 2}") for i in range(20)]

@@ -13,9 +13,10 @@ import pytest
 
 from hfsd import calibration, chat, data, models, scan, surgery
 from hfsd.errors import BadRequest, HfsdError, Refusal
+from hfsd.plain import load
 from hfsd.recipe import Data
 from hfsd.recipe import Scan as ScanRecipe
-from hfsd.records import BlockScores, ModelRef, Scan, load
+from hfsd.records import BlockScores, ModelRef, Scan
 from tests import tiny
 
 PASSAGES = [chat.conversation(row) for row in (tiny.example(i) for i in range(9))]
@@ -245,7 +246,7 @@ WORKER = """
 import sys
 from pathlib import Path
 from hfsd import scan
-from hfsd.records import dumps
+from hfsd.plain import dumps
 from tests import test_scan as t
 from hfsd import models
 folder, out = Path(sys.argv[1]), Path(sys.argv[2])

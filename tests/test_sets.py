@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from hfsd import pipeline, recipes
-from hfsd.records import MergeReport, Variant, load
+from hfsd.plain import load
+from hfsd.records import MergeReport, Variant
 from tests import tiny
 
 SEEDS = (0, 1)

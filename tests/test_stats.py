@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hfsd import records, report, stats, text
+from hfsd import plain, report, stats, text
 from hfsd.errors import HfsdError
 from hfsd.records import TaskScore, Variant
 from tests.made import DISTILLED, GOOD, ORIGINAL, PRUNED, SFT, made, row, rows
@@ -76,7 +76,7 @@ def test_mean_and_recovery_of_any_scores(values, n):
     if counted:
         assert results.variants[0].recovery == pytest.approx(100)
         assert results.variants[0].chance_corrected == pytest.approx(100)
-    records.dumps(results)
+    plain.dumps(results)
 
 
 def test_recovery_is_a_ratio_of_means():

