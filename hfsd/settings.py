@@ -47,7 +47,7 @@ OWNED = (
     *("accelerator_config", "eval_strategy", "load_best_model_at_end", "completion_only_loss", "assistant_only_loss"),
     *("chat_template_path", "eos_token", "truncation_mode", "teacher_model_name_or_path", "teacher_model_init_kwargs"),
 )
-UNTOLD = ("output_dir", "logging_dir", "run_name", "hub_token", "report_to")  # shape no training
+UNTOLD = ("output_dir", "logging_dir", "run_name", "hub_token", "report_to", "base_model_name_or_path")  # shape nothing
 
 
 @dataclass(frozen=True)
@@ -262,7 +262,8 @@ def everything(args: Any, lora_config: Any) -> dict[str, str]:
     found = {name: str(getattr(args, name)) for name in sorted(shared)}
     if lora_config is not None:
         held = lora_config.to_dict()
-        found |= {f"lora.{k}": str(sorted(v) if isinstance(v, set) else v) for k, v in sorted(held.items())}
+        values = {k: sorted(v) if isinstance(v, set) else v for k, v in sorted(held.items()) if k not in UNTOLD}
+        found |= {f"lora.{k}": str(v) for k, v in values.items()}
     return found
 
 

@@ -50,11 +50,14 @@ def _kill_when(seen, recipe, root: Path, by: signal.Signals = signal.SIGKILL) ->
 
 
 def _ended(process: subprocess.Popen, by: signal.Signals) -> int:
-    """Signals until the process has ended: Python loses a Ctrl-C that meets it in a finaliser."""
-    for _ in range(60):
+    """Signals until the process has ended: Python loses a Ctrl-C that meets it in a finaliser.
+
+    Seldom: one that meets the interpreter's own end, on a busy machine, would end it by the signal.
+    """
+    for _ in range(8):
         process.send_signal(by)
         try:
-            return process.wait(2)
+            return process.wait(15)
         except subprocess.TimeoutExpired:
             continue
     process.kill()
