@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import re
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -76,8 +77,7 @@ def dataset_rows(
                 # It takes the rows that were cached last, of whatever revision.
                 raise HfsdError(f"{what}: the Hub cannot be reached, and the cache does not tell revisions apart")
             if first is not None:
-                # Not take(first): that fetches the next row group or file before it stops.
-                return list(islice(builder.as_streaming_dataset(split), first))
+                return _first_of(builder.as_streaming_dataset(split), first)
             builder.download_and_prepare()
             return list(builder.as_dataset(split))
         except (DatasetsError, ValueError, FileNotFoundError, RuntimeError) as error:
@@ -87,6 +87,21 @@ def dataset_rows(
                 f"{what}: {told}; check data.source, data.config, data.split and data.revision, "
                 "or run `hf auth login` if it is private"
             ) from error
+
+
+def _first_of(stream: Any, count: int) -> list[dict[str, Any]]:
+    """The first rows of a streamed dataset, and nothing of it left behind.
+
+    Not take(count): that fetches the next row group or file before it stops. What pyarrow reads ahead has to end here:
+    if it meets the interpreter's own end, the process is aborted (apache/arrow#45214).
+    """
+    rows = iter(stream)
+    found = list(islice(rows, count))
+    if isinstance(rows, Generator):
+        rows.close()
+    del rows, stream
+    gc.collect()
+    return found
 
 
 def dataset_commit(source: str, revision: str | None) -> str | None:
