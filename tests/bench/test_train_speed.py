@@ -143,4 +143,4 @@ def test_adapters_behind_the_cut(base: Path, tmp_path: Path, table: Table) -> No
         shown.append((scope, f"{made.trained_params:,}", f"{made.train_seconds:.1f}", f"{loss(out / 'merged'):.3f}"))
     shown.append(("all over after-cut", "", f"{seconds['all'] / seconds['after-cut']:.2f} x", ""))
     table("96 rows, one epoch, SmolLM2-135M less 4 blocks, LoRA r 16, float32", shown)
-    assert seconds["all"] >= 1.1 * seconds["after-cut"]
+    assert seconds["all"] >= 1.15 * seconds["after-cut"]
