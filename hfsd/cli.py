@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from pathlib import Path
@@ -338,4 +339,6 @@ def main() -> None:
     # A tool must not report on its users; this has to be set before the Hub's client is imported.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    # Where it is installed, PEFT imports it, and it tells each time which kernels a CPU does without.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     app()

@@ -16,7 +16,7 @@ from hfsd import pipeline, recipes
 from tests import tiny
 
 SLOW = {"rewrite__batch_rows": 2, "rewrite__temperature": 0.7, "rewrite__max_new_tokens": 24}
-STEPS = {"train__sft": {"per_device_train_batch_size": 2, "save_steps": 1}}
+STEPS = {"train__sft": {"per_device_train_batch_size": 2, "save_steps": 2}}
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,9 @@ def test_killed_while_rewriting(recipe, undisturbed: Path, tmp_path: Path) -> No
 def test_killed_while_training(recipe, undisturbed: Path, tmp_path: Path) -> None:
     root = tmp_path / "tiny"
     arm = "train/self-distilled-gsm-symbolic"
-    _kill_when(lambda: (root / arm / "work" / "checkpoint-2" / "COMPLETE").is_file(), recipe, root)
+    marker = root / arm / "work" / "checkpoint-2" / "COMPLETE"
+    # a little later: in the middle of a step that no checkpoint holds
+    _kill_when(lambda: marker.is_file() and time.time() - marker.stat().st_mtime > 0.1, recipe, root)
     assert (root / "train/sft-gsm-symbolic/DONE.json").is_file() and not (root / arm / "DONE.json").exists()
     (root / arm / "work" / "checkpoint-9").mkdir()  # one that was being written when the kill came
     pipeline.run(recipe, out=root, until="train")
