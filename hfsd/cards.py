@@ -19,6 +19,7 @@ from hfsd.markdown import LOCAL_PATH, escape, fence, shorten, table, without_pat
 from hfsd.metadata import original_repo, repo_of, validate
 from hfsd.records import (
     CONFIGS,
+    TAUGHT,
     TRAINED_ARMS,
     Example,
     Results,
@@ -49,7 +50,6 @@ COLUMNS = [
     ["rewritten", "whether the completion is the original's own text"],
     ["reason", "kept, or why the rewrite was not used"],
 ]
-TAUGHT = ("sdd+kd", "on-policy")  # arms that have another loss than fine-tuning
 SHOWN_EXAMPLES = 8
 SHOWN_CHARS = 1200
 CITATION = """\

@@ -65,33 +65,39 @@ def run(
     else:
         recipe, text = _load(str(name_or_path), sets)
     root = Path(out) if out is not None else Path("runs") / recipe.name
-    with _held(root, recipe):
+    with _held(root, recipe) as looked:
         plan = steps(recipe, root)
         wanted = needed_for(plan, only) if only else up_to(plan, until)
-        left = processes.same(lambda: _left(recipe, plan, wanted, redo, verify))
+        left = processes.same(lambda: _left(recipe, plan, wanted, redo, verify, looked))
         if left:
             _execute(recipe, text, root, [s for s in plan if s.stage.name in left])
     return root
 
 
 @contextmanager
-def _held(root: Path, recipe: Recipe) -> Iterator[None]:
-    """The lock on the run directory, held by the first process; a wrong recipe makes no directory."""
+def _held(root: Path, recipe: Recipe) -> Iterator[bool]:
+    """The lock on the run directory, held by the first process; a wrong recipe makes no directory.
+
+    Yields whether the facts have been looked at.
+    """
     if processes.rank():
-        yield
+        yield False
         return
-    if not root.exists():
+    new = not root.exists()
+    if new:
         preflight(recipe)
     with lock(root):
-        yield
+        yield new
 
 
-def _left(recipe: Recipe, plan: list[Step], wanted: list[Step], redo: str | None, verify: bool) -> list[str]:
-    """Names of the steps that are still to be done, after a last look at the facts."""
+def _left(
+    recipe: Recipe, plan: list[Step], wanted: list[Step], redo: str | None, verify: bool, looked: bool
+) -> list[str]:
+    """Names of the steps that are still to be done, after a look at the facts, unless there was one."""
     if redo is not None:
         _delete(plan, redo)
     left = [s.stage.name for s in wanted if not s.stage.is_done(verify)]
-    if left:
+    if left and not looked:
         preflight(recipe)
     return left
 

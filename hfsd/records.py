@@ -21,6 +21,7 @@ TEXTS = {
     "on-policy": "self-distilled",
 }
 TRAINED_ARMS = tuple(TEXTS)
+TAUGHT = ("sdd+kd", "on-policy")  # arms that learn from the original itself, by another loss than fine-tuning
 CONFIGS = ("reference", "self-distilled")
 
 

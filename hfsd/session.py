@@ -212,8 +212,10 @@ def merge(work: Session, stage: Stage) -> dict[str, Any]:
     ids = [Variant(asked.arm, name, variant.seed).id for name in asked.of]
     parts = {i: merged_folder(work.root, i) for i in ids}
     base = work.root / "prune" / work.checkpoint.path
-    answers = [(chat.asked(e), e.reference) for e in work.calibration[:SCORE_ROWS]]
-    score = stages.loss_on(answers, work.tokenizer) if len(asked.t) > 1 else None
+    score = None
+    if len(asked.t) > 1:  # a single one needs no rows, and none are read
+        answers = [(chat.asked(e), e.reference) for e in work.calibration[:SCORE_ROWS]]
+        score = stages.loss_on(answers, work.tokenizer)
     made = stages.run(
         parts, stage.path / "merged", asked.method, asked.t, score, base, None, work.recipe.model.trust_remote_code
     )

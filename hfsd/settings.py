@@ -14,11 +14,10 @@ import psutil
 from hfsd import adapters, models
 from hfsd.errors import BadRequest, HfsdError, Refusal, nearest
 from hfsd.recipe import Train as TrainRecipe
+from hfsd.records import TAUGHT
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-TAUGHT = ("sdd+kd", "on-policy")  # arms that learn from the original itself, which stays in memory while they do
 
 # LoRA on all linear layers with alpha = 2r, as the paper's fine-tuning does; lm_head and embeddings stay as they are.
 LORA = {"r": 16, "target_modules": "all-linear", "lora_dropout": 0.0, "task_type": "CAUSAL_LM"}

@@ -65,10 +65,10 @@ def steps(recipe: Recipe, root: Path) -> list[Step]:
     for v in merged(recipe):
         parts = [arms[p.id] for p in merge_parts(recipe, v)]
         arms[v.id] = add(f"merge/{v.id}", work.merge, {"data": data, "merge": blocks["merge"]}, *parts)
+    untrained: dict[str, tuple[str, ...]] = {"original": (), "pruned": (cut,)}
     scored = {"model": model, "data": data, "evaluate": blocks["evaluate"]}
     for v in variants(recipe):
-        needs = {"original": (), "pruned": (cut,)}.get(v.arm) or (() if v.arm == "original" else (arms[v.id],))
-        add(f"evaluate/{v.id}", work.evaluate, scored, *needs)
+        add(f"evaluate/{v.id}", work.evaluate, scored, *(untrained[v.arm] if v.arm in untrained else (arms[v.id],)))
     compared = {"model": model, "data": data, "compare": blocks["compare"]}
     add("compare", work.compare, compared, cut, *arms.values())
     add("report", work.report, {k: v for k, v in blocks.items() if k != "publish"}, *made)

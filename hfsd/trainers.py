@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 from hfsd import models, processes, settings
 from hfsd.errors import BadRequest, HfsdError, Refusal
 from hfsd.progress import Advance
+from hfsd.records import TAUGHT
 from hfsd.rundir import write_atomic
-from hfsd.settings import TAUGHT, Job
+from hfsd.settings import Job
 
 if TYPE_CHECKING:
     from datasets import Dataset
