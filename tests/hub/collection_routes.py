@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import HubError
-from .messages import Request, Response, json_response, route
+from .messages import Request, Response, json_response, paged, route
 from .store import KINDS, write_json
 
 
@@ -25,10 +25,28 @@ def _find(request: Request, slug: str) -> tuple[dict[str, dict[str, Any]], dict[
     """All collections and the one asked for, by the id at the end of its slug: a new title keeps old links working."""
     every = _load(request)
     for collection in every.values():
-        private = collection["private"] and collection["owner"]["name"] != request.user
-        if collection["slug"].rpartition("-")[2] == slug.rpartition("-")[2] and not private:
+        same = collection["slug"].rpartition("-")[2] == slug.rpartition("-")[2]
+        if same and _shown(request, collection):
             return every, collection
     raise HubError(404, f"Collection not found: {slug}")
+
+
+def _shown(request: Request, collection: dict[str, Any]) -> bool:
+    return not collection["private"] or request.hub.accounts.may_read(request.user, collection["owner"]["name"])
+
+
+def _told(request: Request, collection: dict[str, Any]) -> dict[str, Any]:
+    """A collection as this user sees it: without what has been deleted or is private to somebody else."""
+
+    def there(item: dict[str, Any]) -> bool:
+        try:
+            return item["type"] not in KINDS or bool(
+                request.hub.store.repo(KINDS[item["type"]], item["id"], request.user)
+            )
+        except HubError:
+            return False
+
+    return collection | {"items": [item for item in collection["items"] if there(item)]}
 
 
 def _save(request: Request, every: dict[str, dict[str, Any]], collection: dict[str, Any]) -> Response:
@@ -49,23 +67,27 @@ def _note(text: str | None) -> dict[str, Any]:
 
 @route("GET", "/api/collections")
 def list_collections(request: Request) -> Response:
-    owners = request.query.get("owner", [])
+    owners, wanted = request.query.get("owner", []), set(request.query.get("item", []))
     found = []
     for collection in _load(request).values():
-        owner = collection["owner"]["name"]
-        if (owners and owner not in owners) or (collection["private"] and owner != request.user):
+        named = {f"{KINDS.get(item['type'], 'papers')}/{item['id']}" for item in collection["items"]}
+        if (owners and collection["owner"]["name"] not in owners) or (wanted and not wanted & named):
+            continue
+        if not _shown(request, collection):
             continue
         # as on the Hub: four items at most, and no position (the client counts by itself, and fails if one is sent)
-        entry = {key: value for key, value in collection.items() if key != "position"}
-        found.append(entry | {"items": collection["items"][:4]})
-    return json_response(found)
+        entry = {key: value for key, value in _told(request, collection).items() if key != "position"}
+        found.append(entry | {"items": entry["items"][:4]})
+    if request.query.get("sort") == ["lastModified"]:
+        found.sort(key=lambda entry: entry["lastUpdated"], reverse=True)
+    return paged(request, found)
 
 
 @route("POST", "/api/collections")
 def create_collection(request: Request) -> Response:
     body = request.json()
-    namespace = body.get("namespace") or request.writer()
-    request.writer(namespace)
+    namespace = body.get("namespace") or request.signed_in()
+    request.writer(namespace, "collection.write")
     if not body.get("title") or len(body.get("description") or "") > 150:
         raise HubError(400, "A collection needs a title, and a description of at most 150 characters")
     with request.hub.store.lock:
@@ -78,7 +100,7 @@ def create_collection(request: Request) -> Response:
             "slug": _slug(namespace, body["title"], object_id),
             "title": body["title"],
             "description": body.get("description"),
-            "owner": {"name": namespace, "type": "user"},
+            "owner": {"name": namespace, "type": "org" if namespace in request.hub.accounts.orgs else "user"},
             "private": bool(body.get("private")),
             "theme": "blue",
             "upvotes": 0,
@@ -90,14 +112,14 @@ def create_collection(request: Request) -> Response:
 
 @route("GET", "/api/collections/SLUG")
 def get_collection(request: Request, slug: str) -> Response:
-    return json_response(_find(request, slug)[1])
+    return json_response(_told(request, _find(request, slug)[1]))
 
 
 @route("PATCH", "/api/collections/SLUG")
 def update_collection(request: Request, slug: str) -> Response:
     with request.hub.store.lock:
         every, collection = _find(request, slug)
-        request.writer(collection["owner"]["name"])
+        request.writer(collection["owner"]["name"], "collection.write")
         known = ("title", "description", "private", "theme", "position")
         collection |= {key: value for key, value in request.json().items() if key in known}
         object_id = collection["slug"].rpartition("-")[2]
@@ -110,7 +132,7 @@ def update_collection(request: Request, slug: str) -> Response:
 def delete_collection(request: Request, slug: str) -> Response:
     with request.hub.store.lock:
         every, collection = _find(request, slug)
-        request.writer(collection["owner"]["name"])
+        request.writer(collection["owner"]["name"], "collection.write")
         write_json(_path(request), {k: v for k, v in every.items() if v is not collection})
     return json_response({"success": True})
 
@@ -121,7 +143,7 @@ def add_item(request: Request, slug: str) -> Response:
     item_id, item_type = body["item"]["id"], body["item"]["type"]
     with request.hub.store.lock:
         every, collection = _find(request, slug)
-        request.writer(collection["owner"]["name"])
+        request.writer(collection["owner"]["name"], "collection.write")
         if item_type in KINDS:
             request.hub.store.repo(KINDS[item_type], item_id, request.user)  # 404 unless it exists
         if any((item["id"], item["type"]) == (item_id, item_type) for item in collection["items"]):
@@ -133,7 +155,7 @@ def add_item(request: Request, slug: str) -> Response:
 
 def _item(request: Request, slug: str, item_id: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     every, collection = _find(request, slug)
-    request.writer(collection["owner"]["name"])
+    request.writer(collection["owner"]["name"], "collection.write")
     for item in collection["items"]:
         if item["_id"] == item_id:
             return every, collection, item

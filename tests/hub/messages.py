@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
-from urllib.parse import parse_qs, unquote
+from urllib.parse import parse_qs, unquote, urlencode
 
 from .errors import HubError
 
@@ -22,7 +22,8 @@ class Request:
     query: dict[str, list[str]]
     headers: dict[str, str]  # names in lower case
     user: str | None
-    stream: BinaryIO | None  # body not read yet; only for PUT
+    token: str | None
+    stream: BinaryIO | None  # body not read yet; only for PUT of a blob
     body: bytes = b""
 
     def json(self) -> dict[str, Any]:
@@ -43,13 +44,20 @@ class Request:
     def flag(self, name: str) -> bool:
         return self.query.get(name, [""])[0].lower() in ("1", "true")
 
-    def writer(self, namespace: str | None = None) -> str:
-        """The user who writes; 401 without a token, 403 in somebody else's namespace."""
-        if self.user is None:
+    def signed_in(self) -> str:
+        """The user who asks; 401 without a token."""
+        if self.user is None or self.token is None:
             raise HubError(401, "Invalid username or password.")
-        if namespace not in (None, self.user):
-            raise HubError(403, f"You don't have the rights to write under the namespace {namespace!r}")
         return self.user
+
+    def writer(self, namespace: str | None = None, permission: str = "repo.write") -> str:
+        """The user who writes; 401 without a token, 403 with a read-only one or in somebody else's namespace."""
+        user = self.signed_in()
+        if not self.hub.accounts.allows(self.token or "", permission):
+            raise HubError(403, "Forbidden: you must use a write token to upload to a repository.")
+        if namespace is not None and not self.hub.accounts.may_write(user, namespace):
+            raise HubError(403, f"You don't have the rights to write under the namespace {namespace!r}")
+        return user
 
 
 @dataclass
@@ -74,7 +82,7 @@ def route(method: str, pattern: str) -> Callable[[Handler], Handler]:
         ("KIND", "(?P<kind>models|datasets|spaces)"),
         ("REPO", "(?P<repo_id>[^/]+/[^/]+)"),
         ("SLUG", "(?P<slug>[^/]+/[^/]+)"),
-        ("REV", "(?P<rev>[^/]+)"),
+        ("REV", "(?P<rev>refs/(?:heads|tags|pr)/[^/]+|[^/]+)"),
     ):
         pattern = pattern.replace(word, regex)
 
@@ -98,6 +106,17 @@ def json_response(value: Any, status: int = 200) -> Response:
     return Response(status, json.dumps(value, default=str).encode(), {"Content-Type": "application/json"})
 
 
+def paged(request: Request, items: list[Any]) -> Response:
+    """One page of a list, with the address of the next in `Link`, as on the Hub; `limit` is the size of a page."""
+    size = int(request.query.get("limit", [str(request.hub.page_size)])[0])
+    start = int(request.query.get("cursor", ["0"])[0])
+    response = json_response(items[start : start + size])
+    if start + size < len(items):
+        query = urlencode(request.query | {"cursor": [str(start + size)]}, doseq=True)
+        response.headers["Link"] = f'<{request.hub.endpoint}{request.path}?{query}>; rel="next"'
+    return response
+
+
 def file_response(request: Request, path: Path, etag: str, headers: dict[str, str] | None = None) -> Response:
     """Serves a file whole or, with a `Range` header, in part (one range; several are answered in full)."""
     size = path.stat().st_size
@@ -107,6 +126,8 @@ def file_response(request: Request, path: Path, etag: str, headers: dict[str, st
         "Accept-Ranges": "bytes",
         **(headers or {}),
     }
+    if request.headers.get("if-none-match") in (f'"{etag}"', "*"):
+        return Response(304, headers={"ETag": f'"{etag}"'})
     match = re.fullmatch(r"bytes=(\d*)-(\d*)", request.headers.get("range", ""))
     if not match or match[0] == "bytes=-":
         return Response(200, headers=common, file=path, length=size)

@@ -1,13 +1,13 @@
-"""The Hub's calls on accounts and repositories, as huggingface_hub 2.4 makes them. Collections are next door."""
+"""The Hub's calls on accounts, repositories, files and refs, as huggingface_hub 2.4 makes them."""
 
 from typing import Any
 
-import yaml
-
-from .cards import check_card, front_matter
-from .errors import HubError, entry_not_found, repo_not_found
-from .messages import Request, Response, file_response, json_response, route
-from .store import KINDS, LFS_SUFFIXES, Commit, Entry, Repo, git_oid, tree_oids
+from .access_routes import check_gate
+from .cards import check_card
+from .errors import HubError, entry_not_found, repo_not_found, revision_not_found
+from .listing import describe, expanded
+from .messages import Request, Response, file_response, json_response, paged, route
+from .store import KINDS, LFS_SUFFIXES, Commit, Entry, Repo, tree_oids
 
 SPACE_README = "---\ntitle: {name}\nemoji: 🚀\ncolorFrom: blue\ncolorTo: red\nsdk: {sdk}\napp_file: app.py\n---\n"
 
@@ -17,12 +17,8 @@ SPACE_README = "---\ntitle: {name}\nemoji: 🚀\ncolorFrom: blue\ncolorTo: red\n
 
 @route("GET", "/api/whoami-v2")
 def whoami(request: Request) -> Response:
-    user = request.writer()
-    token = {"displayName": "loopback", "role": "write"}
-    profile = {"type": "user", "id": git_oid("blob", user.encode())[:24], "name": user, "fullname": user}
-    return json_response(
-        {**profile, "isPro": False, "orgs": [], "auth": {"type": "access_token", "accessToken": token}}
-    )
+    user = request.signed_in()
+    return json_response(request.hub.accounts.profile(request.token or "", user))
 
 
 @route("POST", "/api/validate-yaml")
@@ -43,7 +39,7 @@ def agent_harnesses(request: Request) -> Response:
     return json_response({"standardEnvVars": [], "harnesses": {}})
 
 
-# repositories: create, delete, list, describe
+# repositories: create, delete, describe
 
 
 def _named(request: Request) -> tuple[str, str, dict[str, Any]]:
@@ -52,7 +48,7 @@ def _named(request: Request) -> tuple[str, str, dict[str, Any]]:
     kind = KINDS.get(body.get("type") or "model")
     if not kind or not body.get("name"):
         raise HubError(400, f"Needs a name and a known type, got {body.get('name')!r} and {body.get('type')!r}")
-    return kind, f"{body.get('organization') or request.writer()}/{body['name']}", body
+    return kind, f"{body.get('organization') or request.signed_in()}/{body['name']}", body
 
 
 @route("POST", "/api/repos/create")
@@ -86,25 +82,12 @@ def delete_repo(request: Request) -> Response:
     return json_response({})
 
 
-@route("GET", "/api/KIND")
-def list_repos(request: Request, kind: str) -> Response:
-    query = {name: values[0] for name, values in request.query.items()}
-    found = []
-    for repo in request.hub.store.repos(kind, request.user):
-        if query.get("author", repo.namespace) != repo.namespace or query.get("search", "") not in repo.id:
-            continue
-        info = _describe(request, repo, request.hub.store.resolve(repo, "main"))
-        if set(request.query.get("filter", [])) <= set(info["tags"]):
-            found.append(info if request.flag("full") else {k: v for k, v in info.items() if k != "siblings"})
-    return json_response(found[: int(query.get("limit", len(found)))])
-
-
 @route("GET", "/api/KIND/REPO")
 @route("GET", "/api/KIND/REPO/revision/REV")
 def repo_info(request: Request, kind: str, repo_id: str, rev: str = "main") -> Response:
     repo, commit = _at(request, kind, repo_id, rev)
-    info = _describe(request, repo, commit)
-    if wanted := [*request.query.get("expand", []), *request.query.get("expand[]", [])]:
+    info = describe(request, repo, commit)
+    if wanted := expanded(request):
         return json_response({k: v for k, v in info.items() if k in ("_id", "id", *wanted)})
     return json_response(info)
 
@@ -120,54 +103,6 @@ def without_namespace(request: Request, **_: str) -> Response:
 def _at(request: Request, kind: str, repo_id: str, rev: str) -> tuple[Repo, Commit]:
     repo = request.hub.store.repo(kind, repo_id, request.user)
     return repo, request.hub.store.resolve(repo, rev)
-
-
-def _describe(request: Request, repo: Repo, commit: Commit) -> dict[str, Any]:
-    card = _card(request, commit)
-    tags = [str(tag) for tag in card.get("tags") or []]
-    for key, prefix in (("license", "license:"), ("base_model", "base_model:"), ("datasets", "dataset:")):
-        values = card.get(key) or []
-        tags += [f"{prefix}{value}" for value in (values if isinstance(values, list) else [values])]
-    siblings: list[dict[str, Any]] = [{"rfilename": path} for path in commit.files]
-    if request.flag("blobs"):
-        for sibling, entry in zip(siblings, commit.files.values(), strict=True):
-            lfs = {"sha256": entry.sha256, "size": entry.size, "pointerSize": entry.pointer_size}
-            sibling |= {"size": entry.size, "blobId": entry.oid, **({"lfs": lfs} if entry.lfs else {})}
-    return {
-        "_id": git_oid("blob", repo.prefix.encode())[:24],
-        "id": repo.id,
-        "author": repo.namespace,
-        "sha": commit.id,
-        "createdAt": repo.meta["created"],
-        "lastModified": commit.date,
-        "private": repo.meta["private"],
-        "gated": False,
-        "disabled": False,
-        "downloads": 0,
-        "likes": 0,
-        "tags": list(dict.fromkeys(tags)),
-        "cardData": card,
-        "siblings": siblings,
-        "usedStorage": sum(entry.size for entry in commit.files.values()),
-        **({"sdk": card.get("sdk", repo.meta["sdk"])} if repo.kind == "spaces" else {}),
-        **({k: card[k] for k in ("library_name", "pipeline_tag", "model-index") if k in card}),
-    }
-
-
-def _card(request: Request, commit: Commit) -> dict[str, Any]:
-    readme = commit.files.get("README.md")
-    try:
-        return front_matter(request.hub.store.read(readme).decode()) or {} if readme else {}
-    except (yaml.YAMLError, UnicodeDecodeError):
-        return {}
-
-
-@route("GET", "/api/KIND/REPO/auth-check(?P<write>/write)?")
-def auth_check(request: Request, kind: str, repo_id: str, write: str = "") -> Response:
-    repo = request.hub.store.repo(kind, repo_id, request.user)
-    if write:
-        request.writer(repo.namespace)
-    return json_response({})
 
 
 # files of a revision
@@ -207,7 +142,7 @@ def tree(request: Request, kind: str, repo_id: str, rev: str, path: str = "") ->
     below = {p: i for p, i in items.items() if not folder or p.startswith(f"{folder}/")}
     if not request.flag("recursive"):
         below = {p: i for p, i in below.items() if p.rpartition("/")[0] == folder}
-    return json_response(list(below.values()))
+    return paged(request, list(below.values()))
 
 
 @route("POST", "/api/KIND/REPO/paths-info/REV")
@@ -222,15 +157,30 @@ def paths_info(request: Request, kind: str, repo_id: str, rev: str) -> Response:
 @route("GET", "/(?:(?P<kind>datasets|spaces)/)?REPO/resolve/REV/(?P<path>.+)")
 @route("HEAD", "/(?:(?P<kind>datasets|spaces)/)?REPO/resolve/REV/(?P<path>.+)")
 def resolve(request: Request, repo_id: str, rev: str, path: str, kind: str = "models") -> Response:
-    _, commit = _at(request, kind, repo_id, rev)
-    entry = commit.files.get(path)
-    if entry is None:
-        raise entry_not_found(path, commit.id)
-    headers = {"X-Repo-Commit": commit.id}
+    entry, headers = _file_at(request, kind, repo_id, rev, path)
     if not entry.lfs:
         return file_response(request, request.hub.store.blob(entry.sha256), entry.etag, headers)
     headers |= {"X-Linked-Etag": f'"{entry.etag}"', "X-Linked-Size": str(entry.size)}
     return Response(302, headers={**headers, "Location": request.hub.blob_url(entry.sha256)})
+
+
+@route("GET", "/(?:(?P<kind>datasets|spaces)/)?REPO/raw/REV/(?P<path>.+)")
+@route("HEAD", "/(?:(?P<kind>datasets|spaces)/)?REPO/raw/REV/(?P<path>.+)")
+def raw(request: Request, repo_id: str, rev: str, path: str, kind: str = "models") -> Response:
+    """What git has: of an LFS file the pointer. The JavaScript client asks with HEAD whether a file exists."""
+    entry, headers = _file_at(request, kind, repo_id, rev, path)
+    if not entry.lfs:
+        return file_response(request, request.hub.store.blob(entry.sha256), entry.etag, headers)
+    return Response(200, entry.pointer, headers | {"ETag": f'"{entry.oid}"', "Content-Type": "text/plain"})
+
+
+def _file_at(request: Request, kind: str, repo_id: str, rev: str, path: str) -> tuple[Entry, dict[str, str]]:
+    """A file, and the header that names its commit; refused where the repository is gated."""
+    repo, commit = _at(request, kind, repo_id, rev)
+    check_gate(request, repo)
+    if (entry := commit.files.get(path)) is None:
+        raise entry_not_found(path, commit.id)
+    return entry, {"X-Repo-Commit": commit.id}
 
 
 # refs and history
@@ -250,11 +200,12 @@ def refs(request: Request, kind: str, repo_id: str) -> Response:
 @route("GET", "/api/KIND/REPO/commits/REV")
 def commits(request: Request, kind: str, repo_id: str, rev: str) -> Response:
     repo, head = _at(request, kind, repo_id, rev)
-    return json_response(
+    return paged(
+        request,
         [
             {"id": c.id, "title": c.title, "message": c.message, "date": c.date, "authors": [{"user": c.author}]}
             for c in request.hub.store.history(repo, head)
-        ]
+        ],
     )
 
 
@@ -282,5 +233,10 @@ def _create_ref(request: Request, kind: str, repo_id: str, ref: str, start: str)
 def delete_ref(request: Request, kind: str, repo_id: str, group: str, rev: str) -> Response:
     repo, _ = _at(request, kind, repo_id, rev)
     request.writer(repo.namespace)
-    request.hub.store.set_ref(repo, f"refs/{'heads' if group == 'branch' else 'tags'}/{rev}", None)
+    ref = f"refs/{'heads' if group == 'branch' else 'tags'}/{rev}"
+    if ref not in repo.refs:
+        raise revision_not_found(rev)
+    if ref == "refs/heads/main":
+        raise HubError(403, "Cannot delete the default branch")
+    request.hub.store.set_ref(repo, ref, None)
     return json_response({})

@@ -5,35 +5,38 @@
 
     python -m tests.hub.server --root DIR --port 8765
 
-Left out: Xet (set HF_HUB_DISABLE_XET=1), organizations, discussions, gated repositories, running Spaces, paging,
-.gitignore rules, multi-part LFS. A call without a route answers 501 and names itself.
+Left out: Xet (set HF_HUB_DISABLE_XET=1), running Spaces and their settings, moving and duplicating repositories, likes,
+.gitignore rules. A call without a route answers 501 and names itself.
 """
 
 import argparse
-import json
 import sys
 import threading
-import traceback
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Mapping
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import parse_qs, urlsplit
 
-from . import collection_routes, routes, uploads  # noqa: F401  (imported to register their routes)
-from .errors import HubError
-from .messages import Request, Response, dispatch
+from .accounts import Accounts, Role
+from .faults import Fault, Plan, damage
+from .handler import Handler
 from .store import Store
 
 DEFAULT_USERS = {"hf_loopback": "tester"}
 
 
 class Call(NamedTuple):
-    """One answered request. `path` is the target as sent, query included; `sent` the bytes of a file in the answer."""
+    """One answered request.
+
+    `path` is the target as sent, query included; `sent` the bytes of a file in the answer; `fault` the kind of fault
+    that it met. `status` is 0 where the connection was cut before an answer.
+    """
 
     method: str
     path: str
     status: int
     sent: int = 0
+    fault: str = ""
 
 
 class LoopbackHub:
@@ -41,18 +44,101 @@ class LoopbackHub:
 
     Args:
         root: folder for blobs, commits and collections; created when missing.
-        users: token -> account name. Each account writes to its own namespace only.
+        users: token -> account name. Each account writes to its own namespace and its organizations' only.
         port: 0 picks a free one.
+        roles: token -> "write" (the default), "read", or the permissions of a fine-grained token (`["repo.write"]`).
+        orgs: organization -> account -> "admin", "write", "contributor" or "read".
+        part_size: LFS objects of more bytes are sent in parts of this size; None: each in one PUT.
+        page_size: entries of a list (repositories, files, commits, collections) in one answer.
     """
 
-    def __init__(self, root: Path, users: dict[str, str] | None = None, port: int = 0):
-        self.users = dict(DEFAULT_USERS if users is None else users)
-        self.store = Store(root)
+    def __init__(
+        self,
+        root: Path,
+        users: Mapping[str, str] | None = None,
+        port: int = 0,
+        *,
+        roles: Mapping[str, Role] | None = None,
+        orgs: Mapping[str, Mapping[str, str]] | None = None,
+        part_size: int | None = None,
+        page_size: int = 1000,
+    ):
+        self.accounts = Accounts(DEFAULT_USERS if users is None else users, roles or {}, orgs or {})
+        self.users = self.accounts.users
+        self.store = Store(root, self.accounts.may_read)
+        self.part_size, self.page_size = part_size, page_size
         self.calls: list[Call] = []
-        self._server = _Server(("127.0.0.1", port), _Handler)
+        self.faults = Plan()
+        self._server = _Server(("127.0.0.1", port), Handler)
         self._server.hub = self
         self.port: int = self._server.server_address[1]
         self.endpoint = f"http://127.0.0.1:{self.port}"
+
+    def fault(
+        self,
+        method: str,
+        path: str,
+        kind: str,
+        times: int | None = 1,
+        *,
+        skip: int = 0,
+        status: int = 500,
+        retry_after: int | None = None,
+        seconds: float = 1,
+    ) -> Fault:
+        """Makes requests go wrong from now on.
+
+            hub.fault("PUT", "/blobs/", "cut")  # the next LFS upload dies halfway
+            hub.fault("POST", "/commit/", "lost")  # committed, but the client never hears of it
+            hub.fault("*", "/api/", "status", times=2, status=429, retry_after=3)  # two calls are told to wait
+            hub.fault("GET", "/blobs/", "corrupt", times=None)  # every LFS download is damaged
+
+        Targets: LFS files travel by `/blobs/SHA256` (up in parts: `/parts/SHA256/N`, then POST
+        `/api/complete_multipart/SHA256`), small ones up inside `/commit/`, down by `/resolve/`.
+
+        Args:
+            method: HTTP method, or "*".
+            path: regular expression, searched in the target as sent (percent-encoded, with its query).
+            kind: what happens.
+                "status": the answer is `status`, and nothing is done. The body is read first.
+                "slow": `seconds` pass before anything is done.
+                "cut": the connection is closed halfway. With a body in the request: after half of it was read, and
+                    nothing is done. Without: after half of the answer's body was sent.
+                "reset": the same with a TCP reset, which clients tell from an orderly end.
+                "lost": everything is done, and the connection closed in place of an answer.
+                "corrupt": one byte is changed. On an upload of a blob: what is stored, under the name of what was
+                    sent. On anything else: what is answered, under its right length and ETag.
+            times: how many requests meet it; None: all.
+            skip: how many that fit are let through before.
+            status: of "status".
+            retry_after: seconds in a Retry-After header of "status".
+            seconds: of "slow".
+
+        Returns:
+            The fault; `.hits` counts the requests that met it. `hub.calls` has them too, with `.fault`.
+            `hub.faults.clear()` ends all faults.
+        """
+        headers = {} if retry_after is None else {"Retry-After": str(retry_after)}
+        return self.faults.add(Fault(method, path, kind, times, skip, status, headers, seconds))
+
+    def damage(self, repo_id: str, *paths: str, kind: str = "models", listed: bool = False) -> None:
+        """Changes a byte of files on main that were stored well; equal files of other repositories change with them.
+
+        Args:
+            paths: files to change.
+            kind: "models", "datasets" or "spaces".
+            listed: the Hub's own lists and ETags tell the hashes of what it has now, not of what was sent. The commit
+                keeps its id.
+        """
+        repo = self.store.repo(kind, repo_id, repo_id.split("/")[0])
+        files = self.store.resolve(repo, "main").files
+        if listed:
+            self.store.replace(repo, "main", paths)
+        else:
+            damage(self.store.blob(files[path].sha256) for path in paths)
+
+    def record(self, method: str, path: str, status: int, sent: int, fault: str) -> None:
+        self.calls.append(Call(method, path, status, sent, fault))
 
     def strays(self) -> list[Call]:
         """Requests that a client of `hub_env` meant for other hosts; all were refused."""
@@ -83,85 +169,6 @@ class _Server(ThreadingHTTPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         if not isinstance(sys.exception(), ConnectionError):  # a client killed in mid-transfer is no news
             super().handle_error(request, client_address)
-
-
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"  # keep-alive; every response states its length
-    server: _Server
-    disable_nagle_algorithm = True  # headers and body are two writes: without this each answer may wait 40 ms
-    server_version = "LoopbackHub"
-
-    def _answer(self) -> None:
-        hub = self.server.hub
-        try:
-            request = self._request(hub)
-            response = dispatch(request)
-        except HubError as error:
-            self._discard(error.status)
-            body = json.dumps(error.body).encode()
-            response = Response(error.status, body, {"Content-Type": "application/json", **error.headers})
-        except Exception as error:  # a bug of ours: 500 makes the client retry, 501 shows it at once
-            traceback.print_exc()
-            self.close_connection = True
-            response = Response(501, json.dumps({"error": f"{type(error).__name__}: {error}"}).encode())
-        sent = 0 if self.command == "HEAD" else response.length
-        hub.calls.append(Call(self.command, self.path, response.status, sent))
-        self._send(response)
-
-    do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = _answer
-
-    def do_CONNECT(self) -> None:
-        """`hub_env` names this server as proxy: what the client asks of the outside world ends here, on record."""
-        hub = self.server.hub
-        hub.calls.append(Call("CONNECT", self.path, 403))
-        self.close_connection = True
-        self._send(Response(403))
-
-    def _request(self, hub: LoopbackHub) -> Request:
-        parts = urlsplit(self.path)
-        if parts.scheme:
-            raise HubError(403, f"No way out of loopback: {self.path}")
-        headers = {name.lower(): value for name, value in self.headers.items()}
-        streamed = self.command == "PUT"
-        if "chunked" in headers.get("transfer-encoding", ""):
-            raise HubError(411, "Send a Content-Length")
-        body = b"" if streamed else self.rfile.read(int(headers.get("content-length", 0)))
-        user = self._user(hub, headers.get("authorization"))
-        stream = self.rfile if streamed else None
-        return Request(hub, self.command, parts.path, parse_qs(parts.query), headers, user, stream, body)  # type: ignore[arg-type]
-
-    def _user(self, hub: LoopbackHub, authorization: str | None) -> str | None:
-        if authorization is None:
-            return None
-        token = authorization.removeprefix("Bearer ")
-        if token not in hub.users:
-            # on reads too, as on the Hub: a wrong token is worse than none
-            raise HubError(401, "Invalid credentials in Authorization header")
-        return hub.users[token]
-
-    def _discard(self, status: int) -> None:
-        """A refused upload leaves its body in the socket, where it would be read as the next request."""
-        if self.command == "PUT" or status == 411:
-            self.close_connection = True
-
-    def _send(self, response: Response) -> None:
-        length = response.length if response.file else len(response.body)
-        self.send_response(response.status)
-        for name, value in {**response.headers, "Content-Length": str(length)}.items():
-            self.send_header(name, value)
-        if self.close_connection:
-            self.send_header("Connection", "close")
-        self.end_headers()
-        if self.command == "HEAD":
-            return
-        if response.file is None:
-            self.wfile.write(response.body)
-        elif length:
-            with response.file.open("rb") as file:
-                self.connection.sendfile(file, response.start, length)
-
-    def log_message(self, format: str, *args: object) -> None:
-        """Silent: `LoopbackHub.calls` is the log."""
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -14,13 +14,14 @@ import re
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from .errors import HubError, entry_not_found, repo_not_found, revision_not_found
+from .faults import flipped
 
 KINDS = {"model": "models", "dataset": "datasets", "space": "spaces"}
 LFS_SUFFIXES = (".safetensors", ".parquet", ".gguf", ".bin", ".png", ".pt", ".arrow", ".zip", ".gz", ".npz")
@@ -54,8 +55,13 @@ class Entry:
         return self.sha256 if self.lfs else self.oid
 
     @property
+    def pointer(self) -> bytes:
+        """What git holds in place of an LFS file."""
+        return _pointer(self.sha256, self.size)
+
+    @property
     def pointer_size(self) -> int:
-        return len(_pointer(self.sha256, self.size))
+        return len(self.pointer)
 
 
 def _pointer(sha256: str, size: int) -> bytes:
@@ -115,10 +121,16 @@ def tree_oids(files: dict[str, Entry]) -> dict[str, str]:
 
 
 class Store:
-    """All state of the server. Safe for many threads of one process; readers never see half a commit."""
+    """All state of the server. Safe for many threads of one process; readers never see half a commit.
 
-    def __init__(self, root: Path):
+    Args:
+        root: folder that holds it.
+        may_read: whether a user (None: nobody) is shown the private repositories of a namespace.
+    """
+
+    def __init__(self, root: Path, may_read: Callable[[str | None, str], bool] = lambda user, name: user == name):
         self.root = Path(root)
+        self.may_read = may_read
         self.lock = threading.RLock()
         (self.root / "blobs").mkdir(parents=True, exist_ok=True)
 
@@ -181,7 +193,7 @@ class Store:
             repo = Repo(kind, repo_id, folder, json.loads((folder / "meta.json").read_text()))
         except (HubError, OSError) as error:
             raise repo_not_found() from error
-        if repo.meta["private"] and user != repo.namespace:
+        if repo.meta["private"] and not self.may_read(user, repo.namespace):
             raise repo_not_found()
         return repo
 
@@ -264,13 +276,33 @@ class Store:
             self.set_ref(repo, new_ref or ref, commit.id)
             return commit
 
+    def replace(self, repo: Repo, revision: str, paths: Iterable[str]) -> None:
+        """Puts changed content, with its own hashes, in place of files of a commit that keeps its id: a fault."""
+        commit = self.resolve(repo, revision)
+        files = dict(commit.files)
+        for path in paths:
+            sha256, _ = self.put_blob([flipped(self.read(files[path]))])
+            regular = Entry(git_oid("blob", self.blob(sha256).read_bytes()), files[path].size, sha256, lfs=False)
+            files[path] = self.lfs_entry(sha256) if files[path].lfs else regular
+        changed = asdict(replace(commit, files=files))
+        write_json(repo.folder / "commits" / f"{commit.id}.json", changed)
+
     def set_ref(self, repo: Repo, ref: str, oid: str | None) -> None:
         """Moves or creates a ref; removes it when `oid` is None."""
         with self.lock:
-            if (repo.folder / "meta.json").exists():  # not yet while the repository is being created
-                repo = self.repo(repo.kind, repo.id, repo.namespace)
+            repo = self.now(repo)
             refs = {name: target for name, target in repo.refs.items() if name != ref}
-            write_json(repo.folder / "meta.json", {**repo.meta, "refs": refs | ({ref: oid} if oid else {})})
+            self.update(repo, refs=refs | ({ref: oid} if oid else {}))
+
+    def now(self, repo: Repo) -> Repo:
+        """The repository as it is on disk; as given while it is being created."""
+        exists = (repo.folder / "meta.json").exists()
+        return self.repo(repo.kind, repo.id, repo.namespace) if exists else repo
+
+    def update(self, repo: Repo, **settings: Any) -> None:
+        """Changes settings of a repository (what meta.json holds); the others stay as they are on disk."""
+        with self.lock:
+            write_json(repo.folder / "meta.json", {**self.now(repo).meta, **settings})
 
     def _write_commit(
         self, repo: Repo, parent: str | None, title: str, message: str, author: str, files: dict[str, Entry]

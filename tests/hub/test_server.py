@@ -5,42 +5,12 @@ import re
 import socket
 import subprocess
 import sys
-import textwrap
-from collections.abc import Callable, Iterator
 from pathlib import Path
-
-import pytest
 
 from . import hub_env, run_client
+from .conftest import Client
 from .server import LoopbackHub
 from .store import Entry, git_oid, tree_oids
-
-USERS = {"hf_alice": "alice", "hf_bob": "bob"}
-IMPORTS = """
-from pathlib import Path
-from huggingface_hub import HfApi, ModelCard, get_hf_file_metadata, hf_hub_download, hf_hub_url, snapshot_download
-"""
-Client = Callable[..., str]
-
-
-@pytest.fixture(scope="module")
-def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LoopbackHub]:
-    with LoopbackHub(tmp_path_factory.mktemp("hub"), USERS) as hub:
-        yield hub
-    assert not [call for call in hub.calls if call.status == 501], "the client made a call that has no route"
-    # load_dataset asks the dataset viewer at a host name made from HF_ENDPOINT, and lives without the answer
-    assert not [call for call in hub.strays() if "//datasets-server." not in call.path]
-
-
-@pytest.fixture
-def client(hub: LoopbackHub, tmp_path: Path) -> Client:
-    """Runs code as alice (or with another token) with empty caches; `root` is a folder for its files."""
-
-    def run(code: str, token: str | None = "hf_alice") -> str:
-        start = f"{IMPORTS}root = Path({str(tmp_path)!r})\napi = HfApi()\n"
-        return run_client(start + textwrap.dedent(code), hub_env(hub, token, tmp_path / "home"))
-
-    return run
 
 
 def test_upload_then_download(hub: LoopbackHub, client: Client) -> None:
@@ -100,25 +70,24 @@ def test_upload_then_download(hub: LoopbackHub, client: Client) -> None:
 
 
 def test_writes_need_the_right_token(client: Client) -> None:
-    client("api.create_repo('alice/guarded'); api.create_repo('alice/secret', private=True)")
-    attempts = """
-        from huggingface_hub.errors import HfHubHTTPError
-        def status(call, *args, **kwargs):
-            try:
-                call(*args, **kwargs)
-                return 200
-            except HfHubHTTPError as error:
-                return error.response.status_code
-        file = dict(path_or_fileobj=b"x", path_in_repo="x", repo_id="alice/guarded")
-        print(status(api.upload_file, **file), status(api.create_repo, "alice/other"),
-              status(api.delete_repo, "alice/guarded"), status(api.model_info, "alice/guarded"),
-              status(api.model_info, "alice/secret"), status(lambda: list(api.list_models(author="alice"))))
+    client(
         """
-    assert client(attempts, None).split() == ["401", "401", "401", "200", "404", "200"]
-    assert client(attempts, "hf_bob").split() == ["403", "403", "403", "200", "404", "200"]
-    assert client(attempts, "hf_wrong").split() == ["401"] * 6
-    listing = "print('alice/secret' in [m.id for m in api.list_models(author='alice')])"
-    assert (client(listing), client(listing, "hf_bob")) == ("True\n", "False\n")
+        api.create_repo("alice/guarded")
+        api.create_repo("alice/secret", private=True)
+        file = dict(path_or_fileobj=b"x", path_in_repo="x", repo_id="alice/guarded")
+        def attempts(api):
+            return [status(api.upload_file, **file), status(api.create_repo, "alice/other"),
+                    status(api.delete_repo, "alice/guarded"), status(api.model_info, "alice/guarded"),
+                    status(api.model_info, "alice/secret"), status(lambda: list(api.list_models(author="alice")))]
+        def listed(api):
+            return "alice/secret" in [m.id for m in api.list_models(author="alice")]
+        nobody, bob, wrong = HfApi(token=False), HfApi(token="hf_bob"), HfApi(token="hf_wrong")
+        assert attempts(nobody) == [401, 401, 401, 200, 404, 200]
+        assert attempts(bob) == [403, 403, 403, 200, 404, 200]
+        assert attempts(wrong) == [401] * 6
+        assert (listed(api), listed(bob), listed(nobody)) == (True, False, False)
+        """
+    )
 
 
 def test_stale_parent_is_refused(client: Client) -> None:

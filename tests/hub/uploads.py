@@ -1,13 +1,14 @@
-"""The three steps of an upload: preupload (how each file travels), LFS (the large ones), commit."""
+"""The first and last step of an upload: preupload (how each file travels) and commit. LFS is next door."""
 
 import base64
 import json
 from typing import Any
 
 from .cards import check_card
+from .discussion_routes import may_propose, next_number, record
 from .errors import HubError, entry_not_found
-from .messages import Request, Response, file_response, json_response, route
-from .store import KINDS, LFS_THRESHOLD, Entry, Repo, is_lfs, read_chunks
+from .messages import Request, Response, json_response, route
+from .store import KINDS, LFS_THRESHOLD, Entry, Repo, is_lfs
 
 
 @route("POST", "/api/KIND/REPO/preupload/REV")
@@ -15,7 +16,9 @@ def preupload(request: Request, kind: str, repo_id: str, rev: str) -> Response:
     """Regular or LFS for each file, and the id of what is there now: the client skips files that have not changed."""
     store = request.hub.store
     repo = store.repo(kind, repo_id, request.user)
-    request.writer(repo.namespace)
+    may_propose(request, repo, rev)
+    if len(request.json()["files"]) > 256:
+        raise HubError(413, "At most 256 files in one preupload")
     current = store.resolve(repo, rev).files
     files = []
     for item in request.json()["files"]:
@@ -26,62 +29,11 @@ def preupload(request: Request, kind: str, repo_id: str, rev: str) -> Response:
     return json_response({"files": files})
 
 
-@route("POST", "/(?:(?P<kind>datasets|spaces)/)?REPO\\.git/info/lfs/objects/batch")
-def lfs_batch(request: Request, repo_id: str, kind: str = "models") -> Response:
-    """Where to put each object; no actions for content that the server already has, from any repository."""
-    store, hub = request.hub.store, request.hub
-    repo = store.repo(kind, repo_id, request.user)
-    request.writer(repo.namespace)
-    objects = []
-    for item in request.json()["objects"]:
-        answer = {"oid": item["oid"], "size": item["size"]}
-        if not store.blob(item["oid"]).is_file():
-            verify = {"href": f"{hub.endpoint}/{repo.prefix}.git/info/lfs/verify"}
-            answer["actions"] = {"upload": {"href": hub.blob_url(item["oid"])}, "verify": verify}
-        objects.append(answer)
-    return json_response({"transfer": "basic", "objects": objects})
-
-
-@route("POST", "/(?:(?P<kind>datasets|spaces)/)?REPO\\.git/info/lfs/verify")
-def lfs_verify(request: Request, repo_id: str, kind: str = "models") -> Response:
-    request.writer(request.hub.store.repo(kind, repo_id, request.user).namespace)
-    body = request.json()
-    blob = request.hub.store.blob(body["oid"])
-    if not blob.is_file() or blob.stat().st_size != body["size"]:
-        raise HubError(404, f"Object {body['oid']} of {body['size']} bytes was not uploaded")
-    return json_response({})
-
-
-@route("GET", "/api/KIND/REPO/xet-(?:read|write)-token/REV")
-def no_xet(request: Request, **_: str) -> Response:
-    raise HubError(404, "This Hub has no Xet storage: set HF_HUB_DISABLE_XET=1 before huggingface_hub is imported")
-
-
-# Blob URLs stand in for the signed URLs of object storage: the client sends them no token.
-
-
-@route("PUT", "/blobs/(?P<sha256>[0-9a-f]{64})")
-def put_blob(request: Request, sha256: str) -> Response:
-    assert request.stream is not None
-    length = int(request.headers.get("content-length", 0))
-    request.hub.store.put_blob(read_chunks(request.stream, length), expect=sha256)
-    return Response(headers={"ETag": f'"{sha256}"'})
-
-
-@route("GET", "/blobs/(?P<sha256>[0-9a-f]{64})")
-@route("HEAD", "/blobs/(?P<sha256>[0-9a-f]{64})")
-def get_blob(request: Request, sha256: str) -> Response:
-    blob = request.hub.store.blob(sha256)
-    if not blob.is_file():
-        raise HubError(404, "No such object")
-    return file_response(request, blob, sha256)
-
-
 @route("POST", "/api/KIND/REPO/commit/REV")
 def commit(request: Request, kind: str, repo_id: str, rev: str) -> Response:
     store = request.hub.store
     repo = store.repo(kind, repo_id, request.user)
-    author = request.writer(repo.namespace)
+    author = may_propose(request, repo, rev)
     try:
         lines = [json.loads(line) for line in request.body.splitlines() if line.strip()]
     except ValueError as error:
@@ -92,11 +44,13 @@ def commit(request: Request, kind: str, repo_id: str, rev: str) -> Response:
     changes = _changes(request, repo, rev, lines[1:])
     _check_readme(request, repo, changes)
     ref = rev if rev.startswith("refs/") else f"refs/heads/{rev}"
+    parent, title, message = header.get("parentCommit"), header["summary"], header.get("description") or ""
     with store.lock:  # the number of a new pull request must not be taken in between
-        number = 1 + sum(name.startswith("refs/pr/") for name in store.repo(kind, repo_id, author).refs)
+        number = next_number(store, repo)
         new_ref = f"refs/pr/{number}" if request.flag("create_pr") else None
-        parent, message = header.get("parentCommit"), header.get("description") or ""
-        made = store.add_commit(repo, ref, parent, header["summary"], message, author, changes, new_ref=new_ref)
+        made = store.add_commit(repo, ref, parent, title, message, author, changes, new_ref=new_ref)
+        if new_ref:
+            record(store, repo, author, title, message, ref, "open")
     site = f"{request.hub.endpoint}/{repo.prefix}"
     answer = {"success": True, "commitUrl": f"{site}/commit/{made.id}", "commitOid": made.id, "hookOutput": ""}
     return json_response(answer | ({"pullRequestUrl": f"{site}/discussions/{number}"} if new_ref else {}))
