@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from hfsd import models, shards
 from hfsd.errors import BadRequest
+from hfsd.plain import flat
 from hfsd.records import spelled
 from hfsd.rundir import sha256
 
@@ -59,22 +59,27 @@ def _tensors(first: Path, other: Path) -> str | None:
     return None
 
 
-def _config(first: Path, other: Path, trust_remote_code: bool) -> str | None:
-    """As their class completes them: two versions of transformers spell out different defaults."""
-    mine, theirs = (_flat(models.load_config(folder, trust_remote_code).to_dict()) for folder in (first, other))
-    for key in sorted(mine.keys() | theirs.keys()):
-        if mine.get(key) != theirs.get(key):
-            return f"config.json: {key} is {mine.get(key)!r} and {theirs.get(key)!r}"
+def tokens_differ(first: Path, other: Path, trust_remote_code: bool = False) -> str | None:
+    """How the token ids of another checkpoint differ from the first one's; None: they are the same."""
+    if _tokenizer_facts(first) == _tokenizer_facts(other):
+        return None
+    here, there = (models.load_tokenizer(folder, trust_remote_code).get_vocab() for folder in (first, other))
+    for token in sorted(here.keys() | there.keys()):
+        if here.get(token) != there.get(token):
+            return (
+                f"its tokenizer is another one: token {token!r} is {there.get(token, 'none')} there and "
+                f"{here.get(token, 'none')} in the original's"
+            )
     return None
 
 
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if key in NO_MATTER:
-            continue
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+def _config(first: Path, other: Path, trust_remote_code: bool) -> str | None:
+    """As their class completes them: two versions of transformers spell out different defaults."""
+    mine, theirs = (flat(models.load_config(folder, trust_remote_code).to_dict()) for folder in (first, other))
+    for key in sorted(mine.keys() | theirs.keys()):
+        if mine.get(key) != theirs.get(key) and NO_MATTER.isdisjoint(key.split(".")):
+            return f"config.json: {key} is {mine.get(key)!r} and {theirs.get(key)!r}"
+    return None
 
 
 def _tokenizer(first: Path, other: Path) -> str | None:

@@ -76,7 +76,7 @@ def refuse_existing(out: Path) -> None:
 def run_alone(out: Path, asked: dict[str, Any], sets: list[str] | None, stage: str) -> Path:
     """Runs one stage of what is asked in the run directory `out`, checked as a recipe is."""
     from hfsd import pipeline, recipes
-    from hfsd.recipe import slug
+    from hfsd.blocks import slug
 
     made: Recipe = recipes.validate({"name": slug(out.name), **asked}, "arguments", sets)
     return pipeline.run(made, out=out, only=stage)

@@ -10,25 +10,17 @@ carried over from the original's card), `data_source`, `data_license`, `data_rep
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from hfsd import metadata, text
 from hfsd.assets import assets
 from hfsd.errors import BadRequest
+from hfsd.findings import Results, VariantSummary
 from hfsd.markdown import LOCAL_PATH, escape, fence, shorten, table, without_paths
 from hfsd.metadata import original_repo, repo_of, validate
-from hfsd.records import (
-    CONFIGS,
-    TAUGHT,
-    TRAINED_ARMS,
-    Example,
-    Results,
-    Rewrite,
-    TrainReport,
-    TrainSet,
-    Variant,
-    VariantSummary,
-)
+from hfsd.plain import printable
+from hfsd.records import CONFIGS, TAUGHT, TRAINED_ARMS, Example, Rewrite, TrainReport, TrainSet, Variant
 
 __all__ = ["dataset_card", "model_card", "pictures", "space_card", "validate"]
 
@@ -86,7 +78,9 @@ def model_card(results: Results, variant_id: str, repos: Mapping[str, str], fact
     arm, pictured = line.variant.arm, pictures(results)
     report = next((t for t in results.training if t.variant.id == variant_id), None)
     train_set = text.train_set_of(results, line.variant) if arm in TRAINED_ARMS else None
-    mine = [s for s in text.verdicts(results) if variant_id in s] if arm not in ("original", "pruned") else []
+    drafted = replace(results, drafts=[d for d in results.drafts if d.variant == line.variant])
+    refused = any(d.refused for d in drafted.drafts)
+    mine = text.verdicts(results, variant_id) if arm not in ("original", "pruned") else []
     return _render(
         "model",
         metadata=metadata.of_model(results, line.variant, repos, facts),
@@ -98,17 +92,23 @@ def model_card(results: Results, variant_id: str, repos: Mapping[str, str], fact
         scores_picture="block_scores.png" if "block_scores.png" in pictured else "",
         table=text.table(results),
         notes=text.notes(results),
+        paired=text.paired_table(results),
+        paired_note=text.PAIRED_NOTE,
         removed="" if arm == "original" else results.plan.sentence,
         why=without_paths(results.plan.why),
         param_cut=f"{100 * results.param_cut:.2f}",
         flop_cut=f"{100 * results.matmul_flop_cut:.2f}",
-        draft_for="" if arm == "original" else original_repo(results, repos) or "",
+        draft_for="" if arm == "original" or refused else original_repo(results, repos) or "",
+        drafts=text.draft_table(drafted),
+        draft_notes=text.draft_notes(drafted),
         data_sentence=_training_data(results, line.variant, train_set),
         reasons=text.reasons_table(train_set) if train_set and arm == "self-distilled" else [],
         training_sentence=_training_sentence(results, report) if report else "",
         training=_hyperparameters(report) if report else [],
         machine=facts.get("machine"),
         cost=_cost(results, line, report),
+        running=text.cost_table(results),
+        running_notes=text.cost_notes(results),
         losses=[] if arm == "original" else text.losses(results, variant_id),
         carried=_carried(facts, arm),
         license_sentence=_license_sentence(facts, "the original model", "license"),
@@ -291,19 +291,8 @@ def _hyperparameters(report: TrainReport) -> list[list[str]]:
         ["optimizer steps", f"{report.steps:,}"],
         ["trained tokens", f"{report.tokens:,}"],
     ]
-    flat = sorted(_flat(report.hyperparameters).items())
-    return [["what", "value"], *rows, *([key, without_paths(value)] for key, value in flat)]
-
-
-def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Dotted names and printable values; what is not set is left out."""
-    found: dict[str, str] = {}
-    for key, value in data.items():
-        if isinstance(value, Mapping):
-            found |= _flat(value, f"{prefix}{key}.")
-        elif value is not None:
-            found[f"{prefix}{key}"] = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-    return found
+    told = sorted(printable(report.hyperparameters).items())
+    return [["what", "value"], *rows, *([key, without_paths(value)] for key, value in told)]
 
 
 def _cost(results: Results, line: VariantSummary, report: TrainReport | None) -> list[list[str]]:

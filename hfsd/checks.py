@@ -15,8 +15,8 @@ from typing import Any
 import yaml
 
 from hfsd.answers import same_answer, same_choice, same_text, stated
+from hfsd.blocks_recovery import Rewrite as RewriteRecipe
 from hfsd.errors import BadRequest, nearest
-from hfsd.recipe import Rewrite as RewriteRecipe
 from hfsd.records import Example
 
 KEPT = "kept"

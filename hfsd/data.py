@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from hfsd import chat, hub, shapes
+from hfsd.blocks_cut import Data
 from hfsd.errors import BadRequest, nearest
-from hfsd.recipe import Data
 from hfsd.records import Example, Message
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")

@@ -18,18 +18,18 @@ from pathlib import Path
 from typing import Any
 
 from hfsd import chat, checks
+from hfsd.blocks_recovery import Rewrite as RewriteRecipe
 from hfsd.checks import Draft
 from hfsd.engines import Batch, Completion, Engine, Request, Sampling
 from hfsd.errors import BadRequest, HfsdError
+from hfsd.likeness import Similarity
 from hfsd.progress import Advance, track
-from hfsd.recipe import Rewrite as RewriteRecipe
 from hfsd.records import Example, Message
 
 MODES = ("reference", "few-shot", "self")  # what `best` chooses from
 SHOTS, SHOT_ROWS = 3, 16  # worked rewrites in a few-shot prompt, and rows tried to find them
 Shot = tuple[Example, str]
 Told = Callable[[list[Draft], float | None], None]  # drafts of a batch, and its seconds; None: an earlier process's
-Similarity = Callable[[Sequence[str], Sequence[str]], list[float]]
 
 
 class Drafts:
@@ -183,11 +183,6 @@ def messages(
     for example, text in shots if mode == "few-shot" else ():
         worked += [_asked(texts["user"], example), {"role": "assistant", "content": text}]
     return [{"role": "system", "content": system}, *worked, *history, _asked(texts["user"], row)]
-
-
-def overlaps(texts: Sequence[str], references: Sequence[str]) -> list[float]:
-    """The similarity that needs no model: words in common."""
-    return [checks.overlap(text, reference) for text, reference in zip(texts, references, strict=True)]
 
 
 def plan_batches(rows: Sequence[Example], size: int) -> list[list[int]]:

@@ -12,9 +12,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from hfsd import chat
+from hfsd.blocks import Endpoint
 from hfsd.engines import Answered, Batch, Completion, Engine, Request, Sampling
 from hfsd.errors import BadRequest, HfsdError, Refusal
-from hfsd.recipe import Endpoint
 
 CONNECTIONS = 100  # of one client; it lets further requests wait, and counts the wait into their time-out
 OPEN = 4  # times the requests in flight: the rows of batches that are worked on, so that a slow row idles no slot
@@ -44,7 +44,7 @@ class Remote(Engine):
     def __init__(self, endpoint: Endpoint, model: str, names: Collection[str | None] = ()) -> None:
         self.endpoint, self.original, self.model = endpoint, model, endpoint.model or model
         self._names = {model, *(name for name in names if name)}
-        self._key = _key(endpoint)
+        self._key = key_for(endpoint)
         self._checked = False  # whose words these are
 
     def generate(self, requests: Sequence[Request], sampling: Sampling, seed: int) -> list[Completion]:
@@ -183,7 +183,7 @@ class Remote(Engine):
         if self._checked:
             return
         url = f"{self.endpoint.url.rstrip('/')}/models"
-        served, why, may_pass = _listed(url, self._key, self.endpoint.timeout)
+        served, why, may_pass = listed(url, self._key, self.endpoint.timeout)
         if served is None:
             self._checked = answered or not may_pass
             if self._checked:
@@ -212,8 +212,15 @@ async def _next(stream: AsyncGenerator[Made, None]) -> Made | None:
     return await anext(stream, None)
 
 
-def _key(endpoint: Endpoint) -> str:
-    """What the server gets as a key. The Hub's token is for the Hub alone, whatever URL a shared recipe names."""
+def key_for(endpoint: Endpoint, where: str = "rewrite.endpoint") -> str:
+    """What the server gets as a key. The Hub's token is for the Hub alone, whatever URL a shared recipe names.
+
+    Args:
+        where: the recipe's block, for messages.
+
+    Raises:
+        BadRequest: the variable with the key is not set, or holds the Hub's token for another server.
+    """
     from huggingface_hub import get_token
 
     parts, variable = urlsplit(endpoint.url), endpoint.api_key_env
@@ -222,15 +229,13 @@ def _key(endpoint: Endpoint) -> str:
         return (get_token() if safe and _is_of(host, "huggingface.co") else None) or "none"
     key = os.environ.get(variable)
     if not key:
-        raise BadRequest(
-            f"rewrite.endpoint.api_key_env: the variable {variable} is not set; export it with the key of {host}"
-        )
+        raise BadRequest(f"{where}.api_key_env: the variable {variable} is not set; export it with the key of {host}")
     if key.startswith("hf_") and not (safe and _is_of(host, "huggingface.co", "endpoints.huggingface.cloud")):
         raise BadRequest(
-            f"rewrite.endpoint.api_key_env: {variable} holds a token of the Hub, which {endpoint.url} is not; "
+            f"{where}.api_key_env: {variable} holds a token of the Hub, which {endpoint.url} is not; "
             "give that server a key of its own"
         )
-    print(f"rewrite.endpoint: {host} gets the key in {variable}", file=sys.stderr)
+    print(f"{where}: {host} gets the key in {variable}", file=sys.stderr)
     return key
 
 
@@ -238,7 +243,9 @@ def _is_of(host: str, *domains: str) -> bool:
     return any(host == domain or host.endswith(f".{domain}") for domain in domains)
 
 
-def _listed(url: str, key: str, timeout: float) -> tuple[dict[str, str | None] | None, str, bool]:
+def listed(
+    url: str, key: str, timeout: float, where: str = "rewrite.endpoint"
+) -> tuple[dict[str, str | None] | None, str, bool]:
     """What each served name is (None: not told); or None, with why it is not known, and whether that may pass."""
     from huggingface_hub.utils import get_session
 
@@ -247,7 +254,7 @@ def _listed(url: str, key: str, timeout: float) -> tuple[dict[str, str | None] |
     except Exception as error:
         if _worth_retrying(error):
             return None, _why(error), True
-        raise HfsdError(f"rewrite.endpoint {url}: {_why(error)}; check its URL") from error
+        raise HfsdError(f"{where} {url}: {_why(error)}; check its URL") from error
     if answer.status_code != 200:
         return None, str(answer.status_code), _may_pass(answer.status_code)
     try:

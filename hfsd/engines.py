@@ -101,16 +101,26 @@ class Transformers(Engine):
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def generate(self, requests: Sequence[Request], sampling: Sampling, seed: int) -> list[Completion]:
+        made = self.tokens(requests, sampling, seed)
+        return [
+            self._completion(r.id, answer) if answer else no_room(r.id, len(prompt), self.limit)
+            for r, (prompt, answer) in zip(requests, made, strict=True)
+        ]
+
+    def tokens(self, requests: Sequence[Request], sampling: Sampling, seed: int) -> list[tuple[list[int], list[int]]]:
+        """Token ids of each prompt and of its answer, the end-of-turn token included; no answer where no room is."""
         prompts = [self._ids(chat.render(self.tokenizer, r.messages)) for r in requests]
         rooms = [min(sampling.max_new_tokens, (self.limit or 1 << 62) - len(p)) for p in prompts]
         new: dict[int, list[int]] = {}
         for room in sorted({r for r in rooms if r > 0}, reverse=True):  # a batch stops at one length
             sizes = {i: len(p) + room for i, p in enumerate(prompts) if rooms[i] == room}
             new |= self._in_batches("generate", sizes, partial(self._generated, prompts, room, sampling, seed))
-        return [
-            self._completion(r.id, new[i]) if i in new else no_room(r.id, len(prompts[i]), self.limit)
-            for i, r in enumerate(requests)
-        ]
+        return [(prompt, self._to_its_end(new.get(i, []))) for i, prompt in enumerate(prompts)]
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """What an answer's tokens say, less the one that ends the turn."""
+        kept = tokens[:-1] if tokens and tokens[-1] in self._ends() else tokens
+        return self.tokenizer.decode(kept, skip_special_tokens=True).strip()
 
     def nats(self, answers: Sequence[Answered]) -> list[float | None]:
         pairs = [chat.answer_ids(self.tokenizer, messages, text) for messages, text in answers]
@@ -185,12 +195,14 @@ class Transformers(Engine):
             found.append(torch.nn.functional.cross_entropy(row[at].float(), targets).item())
         return found
 
-    def _completion(self, id: str, tokens: list[int]) -> Completion:
+    def _to_its_end(self, tokens: list[int]) -> list[int]:
+        """Without the padding behind the token that ends the turn."""
         ends = self._ends()
-        at = next((i for i, t in enumerate(tokens) if t in ends), None)
-        kept = tokens if at is None else tokens[:at]
-        text = self.tokenizer.decode(kept, skip_special_tokens=True).strip()
-        return Completion(id, text, len(kept) + (at is not None), "length" if at is None else "stop")
+        at = next((i for i, t in enumerate(tokens) if t in ends), len(tokens))
+        return tokens[: at + 1]
+
+    def _completion(self, id: str, tokens: list[int]) -> Completion:
+        return Completion(id, self.text(tokens), len(tokens), "stop" if tokens[-1] in self._ends() else "length")
 
     def _ends(self) -> set[int]:
         """Tokens at which generate stops: the generation config's, else the tokenizer's."""

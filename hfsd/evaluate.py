@@ -1,179 +1,193 @@
-"""Scores of a variant by lm-eval: any of its tasks and groups, and the packaged suites.
+"""Scores of a variant by lm-eval: running its tasks, and writing what they found.
 
-With `lm` behind it, the only module that uses lm-eval, and it imports it inside functions: a help text or a check of a
-packaged suite costs neither lm-eval nor torch.
+With `lm` and `served` behind it and `harness` beside it, the only module that uses lm-eval, and it imports it inside
+functions: a help text costs neither lm-eval nor torch.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import difflib
 import functools
-import glob
-import importlib.util
 import json
-import logging
 import math
-import random
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from hfsd import processes, stats
 from hfsd.errors import BadRequest, HfsdError
+from hfsd.findings import EvalRow, Setup
+from hfsd.harness import Tasks, Unit, quiet, seed_all
 from hfsd.plain import from_json, to_json
 from hfsd.recipe import Evaluate as EvaluateRecipe
-from hfsd.records import EvalRow, Variant
+from hfsd.records import Variant
 from hfsd.rundir import write_atomic
+from hfsd.taskfiles import Local
 
-if TYPE_CHECKING:
-    from lm_eval.tasks import TaskManager
-
-PACKAGED = Path(__file__).parent / "tasks"
-# lm-eval's group `openllm` with its shots, but of TruthfulQA only MC2, which is what the leaderboard (v1) counts
-OPENLLM = {"arc_challenge": 25, "hellaswag": 10, "truthfulqa_mc2": 0, "mmlu": 5, "winogrande": 5, "gsm8k": 5}
-SUITES = {"demo": ("demo_match", "demo_rank", "demo_bpb"), "openllm": tuple(OPENLLM)}
 PARTS = ("results", "configs", "versions", "n-shot", "n-samples", "higher_is_better")  # of lm-eval's result
-ABSENT = ("ConnectionError", "OfflineModeIsEnabled", "DatasetNotFoundError", "ProxyError")  # data sets' errors
 GUESSABLE = ("acc", "acc_norm", "acc_bytes")  # metrics for which one of the choices is picked
 
 
-def suite(name: str) -> tuple[str, ...]:
-    """The tasks of a packaged suite, or the name itself."""
-    return SUITES.get(name, (name,))
+def run(
+    backend: Callable[[], Any], tokenizer: Any, variant: Variant, tasks: Tasks, out: Path, say: bool = True
+) -> list[EvalRow]:
+    """Evaluates one variant on the recipe's tasks.
 
-
-def check_tasks(names: Sequence[str]) -> list[str]:
-    """One line per name that is no suite and no task, group or tag of lm-eval, with the nearest names.
-
-    Packaged names, and tasks that have a file of their name, are answered without importing lm-eval: its index of tasks
-    takes 20 seconds to build.
-    """
-    packaged = {*SUITES, *SUITES["demo"], *SUITES["openllm"]}
-    others = [n for n in dict.fromkeys(names) if n not in packaged and not _has_file(n)]
-    if not others:
-        return []
-    known = {*packaged, *_manager().all_tasks}
-    return [f"no suite, task or group '{n}'{_nearest(n, known)}" for n in others if n not in known]
-
-
-def bits_of_solution(doc: Mapping[str, Any], results: Sequence[tuple[float, bool]]) -> dict[str, tuple[float, int]]:
-    """`process_results` of demo_bpb: the solution's log-likelihood (nats) and its UTF-8 bytes, which lm-eval's
-    `bits_per_byte` sums over all documents before it divides."""
-    return {"bits_per_byte": (results[0][0], len(doc["choices"][0].encode("utf-8")))}
-
-
-def run(model: Any, tokenizer: Any, variant: Variant, recipe: EvaluateRecipe, docs: Path, out: Path) -> list[EvalRow]:
-    """Evaluates one variant on the recipe's tasks; the prompt is in the tokenizer's chat template, if it has one.
-
-    Each task ends with two files in `out`, each whole or not there. TASK.docs.jsonl has a line per document and
-    filter: `task`, `id`, `hash`, `filter`, `metrics` (as the task computes them: a number, or [sum, weight] where it
-    divides sums, such as [nats, bytes]) and `responses` (log-likelihoods in nats, or texts). TASK.json, written last,
-    has the rows and lm-eval's own results. A task that has it is not run again.
+    All tasks are loaded before the model is: what is missing is told before hours of work. Each task ends with a line
+    on stdout and two files in `out`, each whole or not there. TASK.docs.jsonl has a line per document and filter:
+    `task`, `id`, `hash`, `filter`, `metrics` (as the task computes them: a number, or [sum, weight] where it divides
+    sums, such as [nats, bytes]) and `responses` (log-likelihoods in nats, or texts). TASK.json, written last, has the
+    rows and lm-eval's own results. A task that has it is not run again. Of several processes, each answers its share
+    of the documents, and the first one writes.
 
     Args:
-        model: a causal language model in memory, or a PEFT model with its adapter active.
-        tokenizer: its tokenizer; a copy of it is used.
+        backend: makes lm-eval's model, once, when a task is to be run.
+        tokenizer: the variant's; with its chat template, if it has one, unless the recipe says otherwise.
         variant: what the rows are labelled with.
-        recipe: tasks, limit (documents per task), shots, seed, tokens per batch.
-        docs: folder of the packaged tasks' documents, as `taskdata.write` leaves it.
+        tasks: the recipe's tasks; it keeps what it loads for the next variant.
         out: folder of this variant's results.
+        say: print a line as each task ends.
 
     Returns:
-        The rows in the recipe's order of tasks, and in each task in lm-eval's order of metrics. A group that defines an
-        aggregate (such as mmlu) gives the row of the aggregate; other groups give the rows of their tasks.
+        The rows in the recipe's order of tasks, and in each task in lm-eval's order of metrics; no rows on other
+        processes than the first. A group that defines an aggregate (such as mmlu) gives the row of the aggregate;
+        other groups, and tags, give the rows of their tasks.
 
     Raises:
-        BadRequest: an unknown task, or a packaged task without documents.
+        BadRequest: a task cannot be asked (`harness.Tasks.load`), or there is no chat template where one is asked for.
         HfsdError: a task failed; tasks that ended before it are kept.
     """
-    if faults := check_tasks(recipe.tasks):
-        raise BadRequest("\n".join(f"evaluate.tasks: {fault}" for fault in faults))
+    setup = _setup(tasks.recipe, tokenizer, variant)
+    finished = processes.same(lambda: [all(_read(out, n) for n in unit.names) for unit in tasks.units])
+    left = [unit for unit, done in zip(tasks.units, finished, strict=True) if not done]
+    tasks.load(left)
+    lm = functools.cache(backend)
     rows: list[EvalRow] = []
-    lm = functools.cache(lambda: _backend(model, tokenizer, recipe.batch_tokens))
-    for names, shots in _units(recipe):
-        finished = [_read(out, name) for name in names]
-        if all(finished):
-            rows += [row for task in finished for row in task]
-            continue
-        with _one_line(names, variant), _quiet():
-            _seed(recipe.seed)  # some tasks shuffle: a result must not depend on which task ran before it
-            tasks, groups = _load(names, docs)
-            for task in tasks.values():
-                _prepare(task, shots, recipe.seed)
-            if len(names) > 1:
-                _finish(lm(), tasks, variant, recipe, out)
-            for name, task in tasks.items():  # a group is finished task by task: MMLU alone has 57
-                if not _read(out, name):
-                    _finish(lm(), {name: task}, variant, recipe, out)
-            top = groups.get(names[0])
-            whole = top is not None and top.has_aggregation
-            rows += _aggregate(top, out) if whole else [row for name in tasks for row in _read(out, name)]
-    return rows
+    engine = tasks.recipe.engine
+    for unit in tasks.units:
+        if unit in left:
+            # the other engines have no line of ours, and vLLM divides by its bar's time
+            with _one_line(unit.names, variant, engine), quiet(bars=engine == "transformers"):
+                found = _run_unit(lm, unit, tasks, variant, setup, out, say)
+        else:
+            found = [row for name in unit.names for row in _read(out, name)]
+        rows += found
+    return rows if processes.rank() == 0 else []
 
 
-def _units(recipe: EvaluateRecipe) -> list[tuple[tuple[str, ...], int | None]]:
-    """What is evaluated in one pass, and its shots: a task or group, or the demo, whose tasks share their questions."""
-    units: list[tuple[tuple[str, ...], int | None]] = []
-    for name in dict.fromkeys(recipe.tasks):
-        for part in [suite(name)] if name == "demo" else [(task,) for task in suite(name)]:
-            suites = OPENLLM[part[0]] if name == "openllm" else None
-            units.append((part, suites if recipe.shots is None else recipe.shots))
-    names = [name for part, _ in units for name in part]
-    if twice := sorted({n for n in names if names.count(n) > 1}):
-        raise BadRequest(f"evaluate.tasks: {', '.join(twice)}: asked for by name and in a suite; leave one of them out")
-    return units
+def in_process(model: Any, tokenizer: Any, batch_tokens: int) -> Any:
+    """lm-eval's model of one in memory (a causal language model, or a PEFT model with its adapter active)."""
+    from hfsd.lm import SharedContextLM
+
+    return SharedContextLM(model, copy.deepcopy(tokenizer), batch_tokens)
 
 
-def _load(names: Sequence[str], docs: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """lm-eval's tasks and groups of these names, with their data."""
-    if names[0] not in SUITES["demo"]:
-        loaded = _manager().load(list(names))
-        return loaded["tasks"], loaded.get("groups", {})
-    # lm-eval lays changes over a known task only inside a group
-    parts = [{"task": n, "dataset_kwargs": {"data_files": {"test": _documents(docs, n)}}} for n in names]
-    return _manager(packaged=True).load([{"group": "packaged", "task": parts}])["tasks"], {}
+def _setup(recipe: EvaluateRecipe, tokenizer: Any, variant: Variant) -> Setup:
+    """How all tasks are asked, with what the recipe leaves open."""
+    has = bool(getattr(tokenizer, "chat_template", None))
+    templated = has if recipe.chat_template is None else recipe.chat_template
+    multiturn = templated if recipe.multiturn is None else recipe.multiturn
+    if (templated or multiturn) and not has:
+        field = "chat_template" if templated else "multiturn"
+        raise BadRequest(
+            f"evaluate.{field}: the tokenizer of {variant.id} has no chat template; leave {field} out, or save a "
+            "template with the tokenizer"
+        )
+    return Setup(
+        limit=recipe.limit,
+        seed=recipe.seed,
+        chat_template=templated,
+        multiturn=multiturn and templated,
+        fewshot=recipe.fewshot,
+        engine=recipe.engine,
+    )
 
 
-def _prepare(task: Any, shots: int | None, seed: int) -> None:
-    own = task.get_config("num_fewshot")
-    # lm-eval's own rule: what a task sets to 0 stays 0
-    task.set_config(key="num_fewshot", value=own or 0 if shots is None or own == 0 else shots)
-    task.set_fewshot_seed(seed=seed)
+def _run_unit(
+    lm: Callable[[], Any], unit: Unit, tasks: Tasks, variant: Variant, setup: Setup, out: Path, say: bool
+) -> list[EvalRow]:
+    """Evaluates what is left of a unit; a group is finished task by task: MMLU alone has 57."""
+    loaded = tasks.of(unit)
+    finished = processes.same(lambda: [name for name in loaded.tasks if _read(out, name)])
+    whole = [loaded.tasks]  # several names share their questions
+    passes = whole if len(unit.names) > 1 else [{n: t} for n, t in loaded.tasks.items() if n not in finished]
+    for part in passes:
+        seed_all(setup.seed)
+        _finish(lm(), part, variant, dataclasses.replace(setup, limit=unit.limit), loaded.local, out, say)
+    if processes.rank():
+        return []
+    top = loaded.groups.get(unit.names[0])
+    if top is not None and top.has_aggregation:
+        rows = _aggregate(top, out)
+        _say(rows, say)
+        return rows
+    return [row for name in loaded.tasks for row in _read(out, name)]
 
 
-def _documents(docs: Path, task: str) -> str:
-    path = docs / f"{task}.jsonl"
-    if not path.is_file() or not path.stat().st_size:
-        raise BadRequest(f"{task}: no documents in {path}; build them from held-out problems first (hfsd.taskdata)")
-    return str(path.resolve())
-
-
-def _finish(lm: Any, tasks: Mapping[str, Any], variant: Variant, recipe: EvaluateRecipe, out: Path) -> None:
+def _finish(
+    lm: Any,
+    tasks: Mapping[str, Any],
+    variant: Variant,
+    setup: Setup,
+    local: Mapping[str, Local],
+    out: Path,
+    say: bool,
+) -> None:
     """Evaluates tasks in one pass and writes their files."""
     from lm_eval import evaluate
     from lm_eval.utils import hash_string
 
-    _seed(recipe.seed)
-    templated = bool(getattr(lm.tokenizer, "chat_template", None))
     result: Any = evaluate(
-        lm, {"tasks": dict(tasks)}, limit=recipe.limit, apply_chat_template=templated, fewshot_as_multiturn=templated
+        lm,
+        {"tasks": dict(tasks)},
+        limit=setup.limit,
+        apply_chat_template=setup.chat_template,
+        fewshot_as_multiturn=setup.multiturn,
     )
+    for task in tasks.values():
+        task._instances = None  # tasks are kept for the next variant, their requests are not
+    if processes.rank():
+        return
     for name in tasks:
         samples = sorted(result["samples"][name], key=lambda s: (s["doc_id"], s["filter"]))
         if not samples:
             raise HfsdError(f"{name}: no documents were evaluated")
+        own = local.get(name, Local(""))
+        asked = dataclasses.replace(setup, data=own.text, comparable=own.comparable)
         raw = {part: result[part][name] for part in PARTS}
         raw["configs"] = _portable(raw["configs"])
         raw["task_hash"] = hash_string("".join(s["doc_hash"] + s["prompt_hash"] + s["target_hash"] for s in samples))
-        raw |= {"chat_template": templated, "limit": recipe.limit, "fewshot_seed": recipe.seed}
-        lines = [_document(name, sample) for sample in samples]
-        _write(out, name, lines, _rows(name, raw, samples, variant), raw)
+        raw |= {"setup": to_json(asked), "data": own.files}
+        rows = _rows(name, raw, samples, variant, asked)
+        _write(out, name, [_document(name, sample) for sample in samples], rows, raw)
+        _say(rows, say)
 
 
-def _rows(name: str, raw: Mapping[str, Any], samples: Sequence[Mapping[str, Any]], variant: Variant) -> list[EvalRow]:
+def _say(rows: Sequence[EvalRow], say: bool) -> None:
+    """One line of a task's scores with their 95% intervals, as it ends."""
+    if not say or not rows:
+        return
+    filters = {row.filter for row in rows}
+    parts = []
+    for row in rows:
+        share = stats.is_share(row.metric, row.chance, row.higher_is_better)
+        low, high = (None if bound is None else _number(bound, share) for bound in stats.interval(row))
+        bounds = "no interval" if low is None else f"{low} to {high}"
+        name = f"{row.metric} ({row.filter})" if len(filters) > 1 else row.metric
+        parts.append(f"{name} {_number(row.value, share)}{'%' if share else ''} [{bounds}]")
+    print(f"{rows[0].variant.id}: {rows[0].task}: {', '.join(parts)}, n = {rows[0].n}", flush=True)
+
+
+def _number(value: float, share: bool) -> str:
+    return f"{100 * value:.1f}" if share else f"{value:.3f}"
+
+
+def _rows(
+    name: str, raw: Mapping[str, Any], samples: Sequence[Mapping[str, Any]], variant: Variant, setup: Setup
+) -> list[EvalRow]:
     """One row per metric and filter of a task."""
     rows = []
     for key, value in raw["results"].items():
@@ -197,6 +211,7 @@ def _rows(name: str, raw: Mapping[str, Any], samples: Sequence[Mapping[str, Any]
             chance=_chance(raw["configs"], metric, samples),
             higher_is_better=bool(raw["higher_is_better"].get(metric, True)),
             doc_file=f"{_file(name)}.docs.jsonl",
+            setup=setup,
         )
         rows.append(row)
     return rows
@@ -250,6 +265,12 @@ def _aggregate(group: Any, out: Path) -> list[EvalRow]:
         n = sum(r.n for r in leaves)
         stderr = results.get(f"{metric}_stderr,{filter_name}")
         chances = [r.chance * r.n for r in leaves if r.chance is not None]
+        local = [r.setup.data for r in leaves if r.setup.data]
+        setup = dataclasses.replace(
+            leaves[0].setup,
+            data=f"local files for {len(local)} of {len(leaves)} tasks" if local else "",
+            comparable=all(r.setup.comparable for r in leaves),
+        )
         row = dataclasses.replace(
             leaves[0],
             task=group.name,
@@ -259,6 +280,7 @@ def _aggregate(group: Any, out: Path) -> list[EvalRow]:
             n=n,
             chance=math.fsum(chances) / n if len(chances) == len(leaves) else None,
             doc_file=f"{_file(group.name)}.docs.jsonl",
+            setup=setup,
         )
         rows.append(row)
     documents: list[Any] = []
@@ -295,67 +317,12 @@ def _file(task: str) -> str:
 
 def _portable(config: dict[str, Any]) -> dict[str, Any]:
     """A task's config without this machine's paths."""
-    config = {**config, "metadata": {k: v for k, v in (config.get("metadata") or {}).items() if k != "config_source"}}
-    if files := (config.get("dataset_kwargs") or {}).get("data_files"):
-        config["dataset_kwargs"] = {"data_files": {split: Path(file).name for split, file in dict(files).items()}}
-    return config
-
-
-def _backend(model: Any, tokenizer: Any, batch_tokens: int) -> Any:
-    from hfsd.lm import SharedContextLM
-
-    return SharedContextLM(model, copy.deepcopy(tokenizer), batch_tokens)
-
-
-@functools.cache
-def _manager(packaged: bool = False) -> TaskManager:
-    from lm_eval.tasks import TaskManager
-
-    with _quiet():
-        return TaskManager(include_path=PACKAGED, include_defaults=False) if packaged else TaskManager()
-
-
-def _has_file(name: str) -> bool:
-    """Whether lm-eval has a file NAME.yaml that defines a task or group of that name."""
-    package = importlib.util.find_spec("lm_eval")
-    folders = (package.submodule_search_locations or []) if package else []
-    files = (file for folder in folders for file in Path(folder, "tasks").rglob(f"{glob.escape(name)}.yaml"))
-    return any(re.search(rf"^(task|group): {re.escape(name)}$", file.read_text("utf-8"), re.M) for file in files)
-
-
-def _nearest(word: str, known: Sequence[str] | set[str]) -> str:
-    close = difflib.get_close_matches(word, sorted(known), n=3, cutoff=0.6)
-    return f" (nearest: {', '.join(close)})" if close else "; `lm-eval ls tasks` lists all"
-
-
-def _seed(seed: int) -> None:
-    import numpy
-    import torch
-
-    random.seed(seed)
-    numpy.random.seed(seed)
-    torch.manual_seed(seed)
+    return {**config, "metadata": {k: v for k, v in (config.get("metadata") or {}).items() if k != "config_source"}}
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without lm-eval's remarks and bars; ours is the one line of progress."""
-    import tqdm
-
-    logger = logging.getLogger("lm_eval")
-    level, start = logger.level, tqdm.tqdm.__init__
-    logger.setLevel(logging.ERROR)
-    tqdm.tqdm.__init__ = functools.partialmethod(start, disable=True)  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        tqdm.tqdm.__init__ = start  # type: ignore[method-assign]
-        logger.setLevel(level)
-
-
-@contextmanager
-def _one_line(names: Sequence[str], variant: Variant) -> Iterator[None]:
-    """Whatever fails inside lm-eval, a data set or the model, as one line; finished tasks stay."""
+def _one_line(names: Sequence[str], variant: Variant, engine: str) -> Iterator[None]:
+    """Whatever fails inside lm-eval or the model, as one line; finished tasks stay."""
     try:
         yield
     except HfsdError:
@@ -363,6 +330,6 @@ def _one_line(names: Sequence[str], variant: Variant) -> Iterator[None]:
     except Exception as error:
         what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         hint = "finished tasks are kept; run again to go on"
-        if type(error).__name__ in ABSENT:
-            hint = "its data is not in the cache and cannot be fetched; the suite `demo` needs no network"
+        if engine == "endpoint":
+            hint += "; the server has to answer /v1/completions with echo and logprobs, as vLLM's does"
         raise HfsdError(f"{', '.join(names)} on {variant.id} failed: {what}; {hint}") from error

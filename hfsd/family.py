@@ -72,6 +72,10 @@ class Family:
             self.arms.set_adapter(variant)
             yield self.arms
 
+    def let_go(self) -> None:
+        """Lets the whole checkpoint go that was used last, for somebody who needs its memory."""
+        self._whole = None
+
     def _loaded(self, variant: str) -> PreTrainedModel:
         """A whole checkpoint, in the original's type; the one used before is let go."""
         if self._whole is None or self._whole[0] != variant:

@@ -21,10 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hfsd import hub, models
+from hfsd.blocks_cut import Model
 from hfsd.errors import BadRequest, HfsdError
-from hfsd.recipe import Model
 from hfsd.records import ModelRef
-from hfsd.rundir import new_folder, sha256, write_atomic
+from hfsd.rundir import new_folder, read_json, sha256, write_atomic
 
 PACKAGE = re.compile(r"^package:(?P<dist>[A-Za-z0-9._-]+)==(?P<version>[A-Za-z0-9.]+)/(?P<file>.+)$")
 QUANTISED = re.compile(r"\.(Q\d\w*|IQ\d\w*|F16|BF16|F32)\.gguf$", re.IGNORECASE)
@@ -84,6 +84,31 @@ def depth_of(model: Model) -> int:
     ):
         return models.depth(resolve(model).folder)
     return models.depth(hub.file(path, "config.json", model.revision).parent)
+
+
+def config_folder(model: Model) -> Path:
+    """A folder with the model's config, and its tokenizer where it has one; of a Hub model no weights are fetched.
+
+    Raises:
+        BadRequest: nothing is there under that name, or it has no config.
+        HfsdError: a download failed.
+    """
+    path = Path(model.path).expanduser()
+    if not path.is_dir() and path.suffix != ".gguf" and hub.is_repo_id(model.path):
+        return hub.snapshot(model.path, model.revision, weights=False)[0]
+    if not path.is_dir():
+        return resolve(model).folder
+    if not (path / "config.json").is_file():
+        raise BadRequest(f"{path}: no config.json; give the folder of a transformers checkpoint")
+    return path
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a folder holds all safetensors files of its checkpoint; a cache may hold some, or none yet."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return all((folder / name).is_file() for name in set(read_json(index)["weight_map"].values()))
+    return any(folder.glob("*.safetensors"))
 
 
 def _from_package(path: str) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +36,7 @@ COLOURS = {
 }
 CHOICE = "#D55E00"  # vermilion, used for nothing else: the cut that was made
 MUTED = "#767676"
+NAME_WIDTH = 30  # characters of a range and who proposed it, before it is wrapped
 METRICS = {"angular": "angular distance (0 to 1)", "bi": "block influence (1 - cosine)"}
 STYLE: Any = {
     "text.parse_math": False,  # names may hold a dollar sign
@@ -160,7 +162,8 @@ def candidates(scan: Scan, plan: PrunePlan) -> Figure:
     """Held-out loss of the model without each verified range, best first, beside the original's."""
     greedy = scan.candidates[0].proposed_by.startswith("greedy")
     ranked = scan.candidates if greedy else sorted(scan.candidates, key=lambda c: (c.loss, c.removed))
-    figure = blank(7.6, 1.5 + 0.33 * len(ranked))
+    names = [_candidate_name(c, greedy) for c in ranked]
+    figure = blank(7.6, 1.5 + 0.2 * sum(1 + n.count("\n") for n in names) + 0.13 * len(names))
     axes = figure.axes[0]
     for y, candidate in enumerate(ranked):
         chosen = candidate.removed == plan.removed
@@ -170,11 +173,11 @@ def candidates(scan: Scan, plan: PrunePlan) -> Figure:
         words = f"{candidate.loss:.3f}{'  removed' if chosen else ''}"
         axes.annotate(words, (candidate.loss, y), xytext=(9, 0), textcoords="offset points", va="center", fontsize=9)
     axes.axvline(scan.original_loss, color=COLOURS["original"], linewidth=1.6)
-    axes.set_yticks(range(len(ranked)), [_candidate_name(c, greedy) for c in ranked])
+    axes.set_yticks(range(len(ranked)), names)
     axes.set_ylim(len(ranked) - 0.4, -0.6)
-    worst = max([c.loss for c in ranked] + [scan.original_loss])
-    span = max(worst - scan.original_loss, 1e-3)
-    axes.set_xlim(scan.original_loss - 0.04 * span, worst + 0.25 * span)
+    losses = [*(c.loss for c in ranked), scan.original_loss]
+    span = max(max(losses) - min(losses), 1e-3)
+    axes.set_xlim(min(losses) - 0.04 * span, max(losses) + 0.25 * span)
     axes.set_xlabel("loss on held-out calibration text (nats per token)")
     axes.set_ylabel("block removed in each step" if greedy else "range (proposed by)")
     what = "after each step of the greedy search" if greedy else "without each verified range"
@@ -217,7 +220,8 @@ def chosen_scores(scan: Scan, plan: PrunePlan) -> BlockScores:
 
 
 @contextmanager
-def _style() -> Iterator[None]:
+def style() -> Iterator[None]:
+    """Our settings of matplotlib, for as long as a picture is drawn and saved."""
     import matplotlib
 
     # a user's own matplotlibrc must not change a report
@@ -279,14 +283,16 @@ def _circle(axes: Any, x: float, y: float, colour: str, width: float) -> None:
 
 
 def _candidate_name(candidate: Candidate, greedy: bool) -> str:
-    return candidate.blocks if greedy else f"{candidate.blocks}  ({candidate.proposed_by})"
+    if greedy:
+        return candidate.blocks
+    return textwrap.fill(f"{candidate.blocks} ({candidate.proposed_by})", NAME_WIDTH)
 
 
 def save(files: dict[str, Callable[[], Figure]], out: Path) -> None:
     """Draws every picture in our style, into the file of its name."""
     out.mkdir(parents=True, exist_ok=True)
     for name, make in files.items():
-        with _style():
+        with style():
             # without the metadata the bytes would change with the version of matplotlib
             make().savefig(out / name, format="png", dpi=150, metadata={"Software": None})
 

@@ -29,11 +29,12 @@ def is_repo_id(text: str) -> bool:
     return True
 
 
-def snapshot(repo: str, revision: str | None, subfolder: str | None = None) -> tuple[Path, str]:
+def snapshot(repo: str, revision: str | None, subfolder: str | None = None, weights: bool = True) -> tuple[Path, str]:
     """A model's files in the local cache, and the commit they are of.
 
     Args:
         subfolder: fetch this folder of the repo only (an adapter beside merged weights).
+        weights: False: fetch what describes the model, config and tokenizer, and no weights.
 
     Raises:
         BadRequest: no such repo or revision, or a gated one.
@@ -42,7 +43,7 @@ def snapshot(repo: str, revision: str | None, subfolder: str | None = None) -> t
     from huggingface_hub import snapshot_download
 
     with _spoken(f"model {repo}{f'@{revision}' if revision else ''}"):
-        wanted = [f"{subfolder}/*"] if subfolder else WANTED
+        wanted = [f"{subfolder}/*"] if subfolder else [w for w in WANTED if weights or w != "*.safetensors"]
         folder = Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
     return folder, folder.name  # the cache names a snapshot's folder by its commit
 

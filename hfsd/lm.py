@@ -1,4 +1,4 @@
-"""The `hfsd` model type of lm-eval: its `hf` backend, with each question computed once and not once per choice.
+"""The `hfsd` model type of lm-eval: its `hf` backend, with every shared beginning of texts computed once.
 
 Imports lm-eval and torch: only `evaluate` imports this module, and only when it evaluates.
 """
@@ -7,93 +7,129 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import normalize_gen_kwargs
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from hfsd import generation, prefixes, processes
+from hfsd.prefixes import Node, Text, Tokens
 from hfsd.progress import Advance, track
 
 log = logging.getLogger(__name__)
 
 Answer = tuple[float, bool]  # log-likelihood in nats, and whether greedy decoding would have written it
-Tokens = tuple[int, ...]
-SLACK = 16  # tokens computed again rather than opening another batch for a slightly longer shared prefix
-STEM_CANDIDATES = 32  # choices compared pairwise; a question has 2 to 12, a perplexity task thousands of one context
-
-
-@dataclass(frozen=True)
-class _Scored:
-    """One text to score: `tokens`, of which those from `start` on count (start >= 1)."""
-
-    tokens: Tokens
-    start: int
+Scores = tuple[torch.Tensor, torch.Tensor]  # of tokens: log-probabilities in nats [C], and is each the likeliest [C]
+GREEDY = {"attention_mask", "do_sample", "temperature", "top_p", "top_k"}  # what does not change a greedy text
 
 
 @register_model("hfsd")
 class SharedContextLM(HFLM):
-    """lm-eval's `hf` backend for a model in memory; equal log-likelihoods, fewer tokens computed.
+    """lm-eval's `hf` backend: equal log-likelihoods and greedy texts, fewer tokens computed.
 
-    Of the texts that share a context, one is computed whole; the others continue from its KV cache where they part from
-    it, as a batch. The output layer sees only the positions that are scored. Models whose cache is not plain (sliding
-    windows, recurrent state) or whose positions depend on the total length take lm-eval's own path.
+    Texts are scored by the tree of their beginnings (`prefixes`): a stretch that several share is read once, and what
+    continues it does so from its cache of keys and values, in batches of whatever is alike. The output layer sees only
+    the positions that are scored. The cache keeps all positions of sliding and chunked layers too, whose masks hide
+    what is outside of their window, so they share at every length. Models with recurrent state or a cache of their own
+    read every text whole, and those whose positions depend on the total length take lm-eval's own path, one text at a
+    time, since padding would count. Greedy generation ends row by row (`generation`). Under a launcher of several
+    processes each takes its part of the documents.
 
     Args:
-        pretrained: a causal language model; it is put into eval mode and otherwise left as it is.
+        pretrained: a causal language model, which is put into eval mode and otherwise left as it is; or its name, with
+            any other argument of lm-eval's `hf` model type.
         tokenizer: its tokenizer. lm-eval may give it a padding token.
-        batch_tokens: tokens per batch, padding included.
+        batch_tokens: tokens per batch, padding included; a batch keeps keys and values of at most four times as many.
     """
 
-    def __init__(self, pretrained: Any, tokenizer: Any, batch_tokens: int = 2048, **kwargs: Any) -> None:
-        # the batch size is for lm-eval's own paths (generation, other caches); 512 tokens are taken for a usual text
-        super().__init__(pretrained=pretrained, tokenizer=tokenizer, batch_size=max(1, batch_tokens // 512), **kwargs)
+    cache_hook: Any
+    batch_size_per_gpu: Any
+
+    def __init__(self, pretrained: Any, tokenizer: Any = None, batch_tokens: int = 2048, **kwargs: Any) -> None:
+        kwargs.setdefault("batch_size", 1)  # for what stays lm-eval's own path
+        super().__init__(pretrained=pretrained, tokenizer=tokenizer, **kwargs)
         self.batch_tokens = batch_tokens
-        base = pretrained.get_base_model() if hasattr(pretrained, "get_base_model") else pretrained
+        if processes.count() > 1:
+            processes.connect()
+            self._rank, self._world_size = processes.rank(), processes.count()
+        base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         self._keeps_logits = "logits_to_keep" in inspect.signature(base.forward).parameters
+        self._stock = self.backend != "causal"  # the log-likelihoods are lm-eval's to compute
+        self._rows_leave = False
         why = self._why_not_shared()
         if why:
-            log.warning("evaluate: %s has %s; every choice is computed on its own", type(base).__name__, why)
+            log.warning("evaluate: %s has %s; every text is computed on its own", type(base).__name__, why)
         self.shares = not why
 
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        from accelerate.utils import gather
+
+        return gather(tensor) if self.world_size > 1 else tensor
+
+    def barrier(self) -> None:
+        processes.wait()
+
     def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> list[Answer]:
-        with track("evaluate", len(requests), "requests") as advance:
-            self.cache_hook = _Ticks(advance)
+        with self._ticking(len(requests)):
             return super().loglikelihood(requests, disable_tqdm=True)
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> list[float]:
-        with track("evaluate", len(requests), "requests") as advance:
-            self.cache_hook = _Ticks(advance)
+        with self._ticking(len(requests)), self._batch_size(self.batch_size if self._stock else 1 << 30):
             return super().loglikelihood_rolling(requests, disable_tqdm=True)
 
     def generate_until(self, requests: Any, disable_tqdm: bool = True) -> list[str]:
-        with track("evaluate", len(requests), "requests") as advance:
-            self.cache_hook = _Ticks(advance)
-            return super().generate_until(requests, disable_tqdm=True)
+        """As lm-eval, in batches that fill the budget: rows times (longest context + new tokens)."""
+        kinds: dict[str, list[int]] = {}
+        for index, request in enumerate(requests):
+            kinds.setdefault(repr(request.args[1]), []).append(index)
+        texts: dict[int, str] = {}
+        # where positions depend on the length, each text goes alone
+        budget = 0 if self._stock and self.backend == "causal" else prefixes.WHOLE * self.batch_tokens
+        with self._ticking(len(requests)):
+            for indices in kinds.values():
+                new = normalize_gen_kwargs(requests[indices[0]].args[1], self.max_gen_toks)["max_gen_toks"]
+                lengths = [len(self.tok_encode(requests[i].args[0])) for i in indices]
+                sizes = [min(length + new, self.max_length) for length in lengths]
+                for batch in prefixes.fill(sizes, budget):
+                    chosen = [indices[i] for i in batch]
+                    with self._batch_size(len(chosen)):
+                        made = super().generate_until([requests[i] for i in chosen], disable_tqdm=True)
+                    texts |= dict(zip(chosen, made, strict=True))
+        return [texts[i] for i in range(len(requests))]
+
+    def _model_generate(self, context: Any, max_length: int, stop: list[str], **generation_kwargs: Any) -> Any:
+        sampled = generation_kwargs.get("do_sample") or generation_kwargs.get("temperature", 0.0) != 0.0
+        if self.backend != "causal" or sampled or generation_kwargs.keys() - GREEDY:
+            return super()._model_generate(context, max_length, stop, **generation_kwargs)
+        mask = generation_kwargs["attention_mask"]
+        with torch.inference_mode(), self._precision():
+            return generation.greedy(self.model, self.tokenizer, context, mask, stop, max_length, self._rows_leave)
 
     def _loglikelihood_tokens(
         self, requests: Any, disable_tqdm: bool = True, override_bs: int | None = None
     ) -> list[Answer]:
-        if not self.shares:
+        if self._stock:
             return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
-        texts = [self._scored(context, continuation) for _, context, continuation in requests]
-        waiting: dict[_Scored, list[int]] = {}
-        for index, text in enumerate(texts):
-            waiting.setdefault(text, []).append(index)
-        answers: list[Answer] = [(0.0, False)] * len(texts)
+        waiting: dict[Text, list[int]] = {}
+        for index, (_, context, continuation) in enumerate(requests):
+            waiting.setdefault(self._text(context, continuation), []).append(index)
+        answers: list[Answer] = [(0.0, False)] * len(requests)
+        top = [(0, node, _NONE) for node in prefixes.tree(waiting, self.shares)]
         with torch.inference_mode():
-            for text, answer in self._answers(list(waiting)):
+            for text, answer in self._answers(top, None):
                 for index in waiting[text]:
                     answers[index] = answer
                     if requests[index][0] is not None:
                         self.cache_hook.add_partial("loglikelihood", requests[index][0], answer)
         return answers
 
-    def _scored(self, context: list[int], continuation: list[int]) -> _Scored:
+    def _text(self, context: list[int], continuation: list[int]) -> Text:
         """As lm-eval: what is too long loses tokens on the left, and the last token is predicted, not read."""
         if not context or not continuation or len(continuation) > self.max_length:
             raise ValueError(
@@ -101,62 +137,54 @@ class SharedContextLM(HFLM):
                 f"reads at most {self.max_length}"
             )
         tokens = tuple((context + continuation)[-(self.max_length + 1) :])
-        return _Scored(tokens, len(tokens) - len(continuation))
+        return Text(tokens, len(tokens) - len(continuation))
 
-    def _answers(self, texts: Sequence[_Scored]) -> Iterable[tuple[_Scored, Answer]]:
-        families: dict[Tokens, list[_Scored]] = {}
-        for text in texts:
-            families.setdefault(text.tokens[: text.start], []).append(text)
-        for family in families.values():
-            if len(family) > 1:
-                yield from self._family(family)
-        alone = sorted((f[0] for f in families.values() if len(f) == 1), key=lambda t: -len(t.tokens))
-        for batch in _batches(alone, lambda t: len(t.tokens) - 1, self.batch_tokens):
-            yield from self._alone(batch)
+    def _answers(self, nodes: Sequence[tuple[int, Node, Scores]], cache: Any) -> Iterator[tuple[Text, Answer]]:
+        """Scores nodes and all that continues them.
 
-    def _alone(self, batch: Sequence[_Scored]) -> Iterable[tuple[_Scored, Answer]]:
-        """Texts without relatives, padded on the right: causal attention never sees the padding."""
-        longest = max(len(t.tokens) for t in batch) - 1
-        first = min(t.start for t in batch) - 1  # the position that predicts the first scored token
-        logits, _ = self._forward([t.tokens[:-1] for t in batch], longest - first)  # [B, T - first, V]
-        for row, text in zip(logits, batch, strict=True):
-            positions = row[text.start - 1 - first : len(text.tokens) - 1 - first]  # [C, V]
-            yield text, _sum(*_score(positions, text.tokens[text.start :]))
+        Args:
+            nodes: with each, the row of its parent in the cache, and the scores of the tokens from its `low` to the
+                first one that the parent has not read.
+            cache: what the parents have read.
+        """
+        rows = {node: (row, head) for row, node, head in nodes}
+        for batch in prefixes.batches(list(rows), self.batch_tokens):
+            part, end = min(n.part for n in batch), max(n.end for n in batch)
+            first = min(min(max(n.low - 1, n.part), n.end - 1) for n in batch)  # the first position that is needed
+            kept: Any = _fork(cache, [rows[n][0] for n in batch], part)
+            if kept is None and any(n.children for n in batch):
+                kept = DynamicCache()
+            logits, kept = self._forward([n.tokens[part:] for n in batch], end - first, kept)  # [B, end - first, V]
+            below: list[tuple[int, Node, Scores]] = []
+            for row, node in enumerate(batch):
+                path, last = self._path(node, rows[node][1], logits[row], first)
+                for text in node.texts:
+                    scores, greedy = _joined(path, last, text.tokens[node.end], text.start - node.low)
+                    yield text, (float(scores.sum()), bool(greedy.all()))
+                for child in node.children:
+                    predicted = child.low <= node.end  # the child's first token is scored, or one before it
+                    head = _joined(path, last, child.tokens[node.end], child.low - node.low) if predicted else _NONE
+                    below.append((row, child, head))
+            del logits
+            if below:
+                yield from self._answers(below, kept)
+            kept = None  # before the next batch makes its own
 
-    def _family(self, family: Sequence[_Scored]) -> Iterable[tuple[_Scored, Answer]]:
-        """Texts of one context: the stem whole, the others from where they part from it."""
-        start = family[0].start
-        stem = _stem(family)
-        logits, cache = self._forward([stem.tokens[:-1]], len(stem.tokens) - start, DynamicCache())
-        rows = logits[0]  # [C, V]; row i predicts token start + i
-        stem_scores = _score(rows, stem.tokens[start:])
-        yield stem, _sum(*stem_scores)
-        # the last token of either is only predicted: it is in no cache, and its row is needed
-        shared = {
-            t: min(_common(t.tokens, stem.tokens), len(t.tokens) - 1, len(stem.tokens) - 1)
-            for t in family
-            if t is not stem
-        }
-        for batch in _forks(shared, self.batch_tokens):
-            part = shared[batch[0]]  # tokens that all of the batch share with the stem
-            head = tuple(values[: part - start] for values in stem_scores)  # scored already, with the stem
-            tails = self._tails(batch, part, cache)
-            for row, text in zip(tails, batch, strict=True):
-                first = rows[part - start : part - start + 1]  # [1, V]
-                positions = torch.cat([first, row]) if len(row) else first  # [C, V]
-                own = _score(positions[: len(text.tokens) - part], text.tokens[part:])
-                yield text, _sum(*(torch.cat(pair) for pair in zip(head, own, strict=True)))
+    def _path(self, node: Node, head: Scores, logits: torch.Tensor, first: int) -> tuple[Scores, torch.Tensor]:
+        """Scores of the node's tokens from `low` on, and the log-probabilities of what comes next, [V].
 
-    def _tails(self, batch: Sequence[_Scored], part: int, cache: Any) -> torch.Tensor | list[torch.Tensor]:
-        """Per text the logits of its tokens after the first own one, [longest, V]; `part` tokens are in the cache."""
-        longest = max(len(t.tokens) for t in batch) - 1 - part
-        if longest == 0:  # choices of one token: the stem has predicted them all
-            return [torch.empty(0)] * len(batch)
-        fork = DynamicCache()
-        for index, layer in enumerate(cache.layers):
-            keys, values = (kept[:, :, :part].expand(len(batch), -1, -1, -1) for kept in (layer.keys, layer.values))
-            fork.update(keys, values, index)  # [B, heads, part, D]
-        return self._forward([t.tokens[part:-1] for t in batch], longest, fork)[0]
+        logits: of the positions from `first` on, [C, V].
+        """
+        start = max(node.low - 1, node.part)
+        if start >= node.end:  # nothing is scored as early as that
+            return _NONE, logits[0]
+        # logsumexp is closer to the truth (float64), but on a CPU lm-eval's log_softmax is off by 1e-5 per token, and
+        # the scores of both have to agree
+        wanted = logits[start - first : node.end - first]  # [C, V]
+        logprobs = torch.log_softmax(wanted, dim=-1, dtype=self.softmax_dtype)
+        tokens = torch.tensor(node.tokens[start + 1 :], dtype=torch.long, device=logits.device)  # [C - 1]
+        own = logprobs[:-1].gather(1, tokens[:, None])[:, 0], wanted[:-1].argmax(-1) == tokens
+        return (torch.cat([head[0].to(own[0]), own[0]]), torch.cat([head[1].to(own[1]), own[1]])), logprobs[-1]
 
     def _forward(self, inputs: Sequence[Tokens], keep: int, cache: Any = None) -> tuple[torch.Tensor, Any]:
         """Logits of the last `keep` positions of right-padded inputs, [B, keep, V] in float32, and the cache."""
@@ -164,8 +192,13 @@ class SharedContextLM(HFLM):
         padded = [list(tokens) + [0] * (longest - len(tokens)) for tokens in inputs]
         ids = torch.tensor(padded, dtype=torch.long, device=self.device)  # [B, T]
         options = {"logits_to_keep": keep} if self._keeps_logits else {}
-        out = self.model(input_ids=ids, past_key_values=cache, use_cache=cache is not None, **options)
+        with self._precision():
+            out = self.model(input_ids=ids, past_key_values=cache, use_cache=cache is not None, **options)
         return out.logits[:, -keep:].float(), out.past_key_values if cache is not None else None
+
+    def _precision(self) -> Any:
+        dtype = self.mixed_precision_dtype
+        return torch.autocast(device_type=self.device.type, dtype=dtype, enabled=dtype is not None)
 
     def _why_not_shared(self) -> str:
         """Why a prefix's cache cannot stand for the prefix; empty where it can."""
@@ -173,8 +206,6 @@ class SharedContextLM(HFLM):
             return "an encoder"
         text = self.config.get_text_config()
         rope = f"{getattr(text, 'rope_parameters', '')} {getattr(text, 'rope_scaling', '')}"
-        if "'dynamic'" in rope or "'longrope'" in rope:
-            return "rotary positions that depend on the total length"
         try:
             with torch.inference_mode():
                 cache = self._forward([(0, 0)], 1, DynamicCache(config=text))[1]
@@ -182,61 +213,72 @@ class SharedContextLM(HFLM):
             return f"a cache of its own ({type(error).__name__})"
         if type(cache) is not DynamicCache or not cache.layers:
             return f"a cache of its own ({type(cache).__name__})"
-        kinds = {type(layer).__name__ for layer in cache.layers if type(layer) is not DynamicLayer}
-        return f"a cache that is not of full attention ({', '.join(sorted(kinds))})" if kinds else ""
+        self._rows_leave = True
+        if "'dynamic'" in rope or "'longrope'" in rope:
+            self._stock = True
+            return "rotary positions that depend on the total length"
+        kinds = {type(layer) for layer in cache.layers} - {DynamicLayer, DynamicSlidingWindowLayer}
+        return (
+            f"a cache that is not of attention alone ({', '.join(sorted(k.__name__ for k in kinds))})" if kinds else ""
+        )
+
+    @contextmanager
+    def _ticking(self, total: int) -> Iterator[None]:
+        """One line of progress for requests that lm-eval reports to its cache as they end."""
+        hook = self.cache_hook
+        with track("evaluate", total, "requests") as advance:
+            self.cache_hook = _Ticks(advance, hook)
+            try:
+                yield
+            finally:
+                self.cache_hook = hook
+
+    @contextmanager
+    def _batch_size(self, size: Any) -> Iterator[None]:
+        before, self.batch_size_per_gpu = self.batch_size_per_gpu, size
+        try:
+            yield
+        finally:
+            self.batch_size_per_gpu = before
 
 
 class _Ticks:
     """lm-eval tells its cache of every finished request: what moves the progress line."""
 
-    def __init__(self, advance: Advance) -> None:
-        self._advance = advance
+    def __init__(self, advance: Advance, hook: Any) -> None:
+        self._advance, self._hook = advance, hook
 
     def add_partial(self, kind: str, request: Any, result: Any) -> None:
+        self._hook.add_partial(kind, request, result)
         self._advance(1)
 
 
-def _score(logits: torch.Tensor, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probability of each token in nats, and whether it is the likeliest. logits: [C, V]; returns [C], [C]."""
-    wanted = torch.tensor(tokens, device=logits.device)  # [C]
-    # logsumexp is closer to the truth (float64), but on a CPU lm-eval's log_softmax is off by 1e-5 per token, and the
-    # scores of both have to agree
-    logprobs = torch.log_softmax(logits, dim=-1)  # [C, V]
-    return logprobs.gather(1, wanted[:, None])[:, 0], logits.argmax(-1) == wanted
+_NONE: Scores = (torch.empty(0), torch.empty(0, dtype=torch.bool))
 
 
-def _sum(scores: torch.Tensor, greedy: torch.Tensor) -> Answer:
-    return float(scores.sum()), bool(greedy.all())
+def _joined(path: Scores, last: torch.Tensor, token: int, skip: int) -> Scores:
+    """The scores of a path from its token `skip` on, and of one token after it. last: log-probabilities, [V]."""
+    one = last[token : token + 1]
+    return torch.cat([path[0][skip:].to(one), one]), torch.cat(
+        [path[1][skip:].to(one.device), last.argmax(-1, True) == token]
+    )
 
 
-def _common(a: Tokens, b: Tokens) -> int:
-    """Length of the longest common prefix."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+def _fork(cache: Any, rows: Sequence[int], part: int) -> Any:
+    """A cache of the first `part` positions of these rows; None of None."""
+    if cache is None:
+        return None
+    fork = DynamicCache()
+    for layer in cache.layers:
+        copy = DynamicLayer()
+        copy.lazy_initialization(layer.keys, layer.values)
+        copy.keys, copy.values = (_rows(kept[:, :, :part], rows) for kept in (layer.keys, layer.values))
+        fork.layers.append(copy)
+    return fork
 
 
-def _stem(family: Sequence[_Scored]) -> _Scored:
-    """The text that leaves the fewest tokens to compute for the others."""
-    some = family[:STEM_CANDIDATES]
-    return max(some, key=lambda t: sum(_common(t.tokens, o.tokens) for o in some) - 2 * len(t.tokens))
-
-
-def _forks(shared: dict[_Scored, int], budget: int) -> Iterable[list[_Scored]]:
-    """Batches of texts that part from the stem at about the same place; the first of each parts earliest."""
-    order = sorted(shared, key=lambda t: (shared[t], len(t.tokens)))
-    while order:
-        near = [t for t in order if shared[t] <= shared[order[0]] + SLACK]
-        order = order[len(near) :]
-        part = shared[near[0]]
-        yield from _batches(near, lambda t, part=part: max(1, len(t.tokens) - 1 - part), budget)
-
-
-def _batches(texts: Sequence[_Scored], length: Any, budget: int) -> Iterable[list[_Scored]]:
-    """Cuts a list where a batch, padded to its longest, would pass the budget of tokens."""
-    batch: list[_Scored] = []
-    for text in texts:
-        if batch and max(map(length, [*batch, text])) * (len(batch) + 1) > budget:
-            yield batch
-            batch = []
-        batch.append(text)
-    if batch:
-        yield batch
+def _rows(kept: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+    """Rows of [B, heads, part, D]; of a single one, a view."""
+    if len(kept) == 1:
+        return kept.expand(len(rows), -1, -1, -1)
+    return kept.index_select(0, torch.tensor(rows, device=kept.device))

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 # Control characters, bidirectional overrides and lone surrogates: they hide or reorder text, or cannot be written.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 _INLINE = re.compile(r"[\\`*\[\]|~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|^[#+=-]|^\d+(?=[.)](?:\s|$))")
-_NUMBER = re.compile(r"\d|-$|-\d|n/a$")
+_NUMBER = re.compile(r"[+-]?\d|-$|n/a$")
 _NUMBERS = re.compile(r"[\d.,\[\] %-]*")
 # An absolute path of a machine (/a/b, ~/a, C:\\a), not the slashes of a URL, of a Hub id or of `package:x/y`.
 _ROOT = r"(?:file://|(?<![\w:/.~-])(?:~?/|[A-Za-z]:\\))"
@@ -53,9 +53,14 @@ def shorten(text: str, limit: int) -> str:
 def table(rows: Sequence[Sequence[str]]) -> str:
     """Header row and body as a Markdown table; every cell is escaped, columns of numbers stand right."""
     lines = [" | ".join(_cell(c) for c in row) for row in rows]
-    columns = list(zip(*rows[1:], strict=True)) or [()] * len(rows[0])
-    lines.insert(1, " | ".join("---:" if all(_NUMBER.match(c) for c in column) else ":---" for column in columns))
+    lines.insert(1, " | ".join("---:" if of_numbers else ":---" for of_numbers in numeric(rows)))
     return "\n".join(f"| {line} |" for line in lines)
+
+
+def numeric(rows: Sequence[Sequence[str]]) -> list[bool]:
+    """Whether each column of a table, whose first row is its header, holds numbers and nothing else."""
+    columns = list(zip(*rows[1:], strict=True)) or [()] * len(rows[0])
+    return [all(_NUMBER.match(c) for c in column) for column in columns]
 
 
 def _cell(text: str) -> str:

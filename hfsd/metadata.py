@@ -10,8 +10,9 @@ from typing import Any
 import yaml
 
 from hfsd.errors import BadRequest
+from hfsd.findings import Results
 from hfsd.markdown import LOCAL_PATH
-from hfsd.records import TRAINED_ARMS, Results, Variant
+from hfsd.records import TRAINED_ARMS, Variant
 from hfsd.text import label
 
 _NAME = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?"
@@ -160,6 +161,7 @@ def _eval_results(results: Results, variant_id: str) -> list[Any]:
         score = task.scores[variant_id]
         bounds = "" if score.low is None else f", 95% interval {score.low:.4f} to {score.high:.4f}"
         chance = "" if task.chance is None else f", chance {task.chance:.4f}"
+        apart = "" if task.setup.comparable else ", local data, not comparable with the leaderboard"
         shown = label(results, task)
         entries.append(
             EvalResult(
@@ -168,7 +170,7 @@ def _eval_results(results: Results, variant_id: str) -> list[Any]:
                 dataset_type=shown.replace(" ", "-"),
                 dataset_name=shown,
                 metric_type=METRICS.get(task.metric, task.metric),
-                metric_name=f"{task.metric} ({task.shots} shots, n = {task.n}{bounds}{chance})",
+                metric_name=f"{task.metric} ({task.shots} shots, n = {task.n}{bounds}{chance}{apart})",
                 metric_value=round(float(score.value), 6),
             )
         )

@@ -171,11 +171,19 @@ def loading_report(empty: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> 
 
 def skeleton(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model that a folder's config asks for, without storage (on the meta device). No weight is read."""
-    from accelerate import init_empty_weights
+    return empty(load_config(folder, trust_remote_code), trust_remote_code, folder)
+
+
+def empty(config: PreTrainedConfig, trust_remote_code: bool = False, named: Path | None = None) -> PreTrainedModel:
+    """The model of a config without storage (parameters and buffers on the meta device).
+
+    Args:
+        named: what is told where transformers cannot build it; None: the config's own name.
+    """
+    import torch
     from transformers import AutoModelForCausalLM
 
-    config = load_config(folder, trust_remote_code)
-    with spoken(folder), init_empty_weights():
+    with spoken(named or Path(config.name_or_path or config.model_type)), torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
 

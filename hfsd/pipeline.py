@@ -4,7 +4,8 @@
                        +-> train (per arm) -> merge -> evaluate (per variant) -> compare -> report -> publish
     rewrite ----------/
 
-Under a launcher (torchrun, accelerate launch) every process scans and trains; the first one does the rest, and writes.
+Under a launcher (torchrun, accelerate launch) every process scans, trains and evaluates; the first one does the
+rest, and writes.
 """
 
 from __future__ import annotations
@@ -20,14 +21,15 @@ import yaml
 
 from hfsd import processes, recipes
 from hfsd.errors import BadRequest, HfsdError, nearest
+from hfsd.findings import Results
 from hfsd.plain import load
 from hfsd.recipe import Publish, Recipe
-from hfsd.records import STAGES, Receipt, Results
+from hfsd.records import STAGES, Receipt
 from hfsd.rundir import append_log, lock, write_atomic, write_manifest
 from hfsd.session import Session
 from hfsd.steps import Step, needed_for, steps, up_to, variants
 
-TOGETHER = ("scan", "train")  # stages in which every process of a launcher takes part
+TOGETHER = ("scan", "train", "evaluate")  # stages in which every process of a launcher takes part
 
 
 def run(
@@ -60,15 +62,12 @@ def run(
     for option, value in (("--until", until), ("--redo", redo)):
         if value is not None and value not in STAGES:
             raise BadRequest(f"{option} {value}: no such stage{nearest(value, STAGES)}; stages are {', '.join(STAGES)}")
-    if isinstance(name_or_path, Recipe):
-        recipe, text = name_or_path, yaml.safe_dump(recipes.dump(name_or_path), sort_keys=False)
-    else:
-        recipe, text = _load(str(name_or_path), sets)
+    recipe, text = read(name_or_path, sets)
     root = Path(out) if out is not None else Path("runs") / recipe.name
     with _held(root, recipe) as looked:
         plan = steps(recipe, root)
         wanted = needed_for(plan, only) if only else up_to(plan, until)
-        left = processes.same(lambda: _left(recipe, plan, wanted, redo, verify, looked))
+        left = processes.same(lambda: _left(recipe, root, plan, wanted, redo, verify, looked))
         if left:
             _execute(recipe, text, root, [s for s in plan if s.stage.name in left])
     return root
@@ -91,15 +90,22 @@ def _held(root: Path, recipe: Recipe) -> Iterator[bool]:
 
 
 def _left(
-    recipe: Recipe, plan: list[Step], wanted: list[Step], redo: str | None, verify: bool, looked: bool
+    recipe: Recipe, root: Path, plan: list[Step], wanted: list[Step], redo: str | None, verify: bool, looked: bool
 ) -> list[str]:
-    """Names of the steps that are still to be done, after a look at the facts, unless there was one."""
+    """Names of the steps that are still to be done, after a look at the facts, unless there was one, and at the disk.
+
+    Raises:
+        HfsdError: the disk has no room for them.
+    """
+    from hfsd import disk
+
     if redo is not None:
         _delete(plan, redo)
-    left = [s.stage.name for s in wanted if not s.stage.is_done(verify)]
+    left = {s.stage.name: s.stage.path for s in wanted if not s.stage.is_done(verify)}
     if left and not looked:
         preflight(recipe)
-    return left
+    disk.check(recipe, root, list(left.items()))
+    return list(left)
 
 
 def results(root: Path) -> Results:
@@ -142,12 +148,12 @@ def preflight(recipe: Recipe, fetch: bool = True) -> None:
     Raises:
         BadRequest: every fault, one line each; no weight has been loaded.
     """
-    from hfsd import evaluate, merge, rewrite, train
+    from hfsd import harness, merge, rewrite, train
 
     faults = _path_faults(recipe) + rewrite.faults(recipe.rewrite) + train.check_fields(recipe.train)
     faults += [f"merge: {fault}" for fault in (merge.faults(recipe.merge.method) if recipe.merge else [])]
     faults += _token_faults(recipe)
-    faults += [f"evaluate.tasks: {fault}" for fault in evaluate.check_tasks(list(recipe.evaluate.tasks))]
+    faults += harness.faults(recipe.evaluate, [v.id for v in variants(recipe)])
     if fetch or Path(recipe.model.path).is_dir():
         faults += _cut_faults(recipe)
     if faults:
@@ -209,10 +215,16 @@ def _cut_faults(recipe: Recipe) -> list[str]:
     return []
 
 
-def _load(name: str, sets: list[str] | None) -> tuple[Recipe, str]:
-    """The recipe; where its shape has faults, they are told together with those that the rest has against facts."""
+def read(name_or_path: str | Path | Recipe, sets: list[str] | None) -> tuple[Recipe, str]:
+    """The recipe and its source text.
+
+    Raises:
+        BadRequest: its shape has faults; they are told together with those that the rest has against facts.
+    """
+    if isinstance(name_or_path, Recipe):
+        return name_or_path, yaml.safe_dump(recipes.dump(name_or_path), sort_keys=False)
     try:
-        return recipes.load(name, sets)
+        return recipes.load(str(name_or_path), sets)
     except BadRequest as error:
         if error.rest is not None:
             try:
@@ -228,12 +240,7 @@ def _execute(recipe: Recipe, text: str, root: Path, todo: list[Step]) -> None:
     quiet()
     first = processes.rank() == 0
     if first:
-        if (
-            not (root / "recipe.source.yaml").is_file()
-            or (root / "recipe.source.yaml").read_text(encoding="utf-8") != text
-        ):
-            write_atomic(root / "recipe.source.yaml", text)
-        write_atomic(root / "recipe.yaml", yaml.safe_dump(recipes.dump(recipe), sort_keys=False, allow_unicode=True))
+        write_recipe(recipe, text, root)
     work = Session(recipe, root, variants(recipe))
     for step in todo:
         if first:
@@ -241,6 +248,14 @@ def _execute(recipe: Recipe, text: str, root: Path, todo: list[Step]) -> None:
         elif step.kind in TOGETHER:
             step.do(work, step.stage)
         processes.wait()
+
+
+def write_recipe(recipe: Recipe, text: str, root: Path) -> None:
+    """recipe.yaml, with every field, and recipe.source.yaml, the text that was given."""
+    source = root / "recipe.source.yaml"
+    if not source.is_file() or source.read_text(encoding="utf-8") != text:
+        write_atomic(source, text)
+    write_atomic(root / "recipe.yaml", yaml.safe_dump(recipes.dump(recipe), sort_keys=False, allow_unicode=True))
 
 
 def _do(step: Step, work: Session, root: Path) -> None:

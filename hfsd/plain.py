@@ -7,6 +7,7 @@ import json
 import math
 import types
 import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -72,3 +73,20 @@ def _build(kind: Any, data: Any) -> Any:
     if kind in (int, float) and not isinstance(data, bool):
         return kind(data)  # JSON keys are strings; JSON writes 1.0 as 1 elsewhere
     return data
+
+
+def flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of nested mappings by dotted names."""
+    found: dict[str, Any] = {}
+    for key, value in data.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value}
+    return found
+
+
+def printable(data: Mapping[str, Any]) -> dict[str, str]:
+    """The same as text; what is not set is left out."""
+    return {
+        name: ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+        for name, value in flat(data).items()
+        if value is not None
+    }

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from itertools import islice
+from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -29,6 +31,14 @@ def local_rank() -> int:
     return _stated(("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK"), 0)
 
 
+def connect() -> None:
+    """Joins the processes; what one of them does alone, such as rewriting, may take hours."""
+    import torch
+    from accelerate import PartialState
+
+    PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)
+
+
 def spread(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
     """`map(work, items)` with the items of each round spread over the processes.
 
@@ -40,7 +50,7 @@ def spread(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
         return
     from accelerate.utils import gather_object
 
-    _connect()
+    connect()
     left = iter(items)
     while round_ := list(islice(left, count())):
         mine = [work(item) for item in round_[rank() : rank() + 1]]
@@ -55,6 +65,10 @@ def peak_bytes() -> int:
 
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
+    status = Path("/proc/self/status")  # Linux counts in ru_maxrss what the process that started this one held then
+    own = re.search(r"^VmHWM:\s*(\d+) kB$", status.read_text(encoding="utf-8"), re.M) if status.is_file() else None
+    if own is not None:
+        return 1024 * int(own[1])
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -65,7 +79,7 @@ def same(make: Callable[[], T]) -> T:
         return make()
     from accelerate.utils import broadcast_object_list
 
-    _connect()
+    connect()
     held: list[Any] = [make() if rank() == 0 else None]
     return broadcast_object_list(held)[0]
 
@@ -90,11 +104,3 @@ def leave() -> None:
 def _stated(names: tuple[str, ...], otherwise: int) -> int:
     """By torchrun or one of the MPI launchers that accelerate knows."""
     return next((int(os.environ[name]) for name in names if name in os.environ), otherwise)
-
-
-def _connect() -> None:
-    """Joins the processes; what one of them does alone, such as rewriting, may take hours."""
-    import torch
-    from accelerate import PartialState
-
-    PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hfsd import models, selfcheck, shards, surgery
+from hfsd import cost, models, selfcheck, shards, surgery
 from hfsd.errors import BadRequest, HfsdError
 from hfsd.models import PROVENANCE
 from hfsd.plain import dumps
@@ -126,11 +126,9 @@ def _record(
 ) -> Checkpoint:
     """What was written, beside the tensors and the config of the original."""
     prefix = surgery.stack_prefix((t.name for t in before), config, plan.n_layers)
-    matrices = [t for t in before if t.name.startswith(f"{prefix}.") and len(t.shape) > 1]
-    matmul = sum(t.numel for t in matrices)
-    removed = sum(t.numel for t in matrices if surgery.cut_name(t.name, prefix, plan) is None)
-    text = models.text_config(config)
-    head = int(text.get("vocab_size", 0)) * int(text.get("hidden_size", text.get("n_embd", 0)))
+    stack = [(t.name, t.shape) for t in before if t.name.startswith(f"{prefix}.")]
+    removed = [(name, shape) for name, shape in stack if surgery.cut_name(name, prefix, plan) is None]
+    whole = cost.matmul_weights(stack, config) + cost.head_weights(config)
     with _timed(seconds, "hash"):
         digests = shards.digests(out)
     return Checkpoint(
@@ -138,7 +136,7 @@ def _record(
         sha256=digests,
         params=sum(t.numel for t in shards.read(out)),
         original_params=sum(t.numel for t in before),
-        matmul_flop_cut=removed / (matmul + head),
+        matmul_flop_cut=cost.matmul_weights(removed, config) / whole,
         plan=plan,
         checks=checks,
         seconds=seconds,

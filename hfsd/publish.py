@@ -20,9 +20,10 @@ from hfsd.cards import DATA_FILES, dataset_card, model_card, pictures, space_car
 from hfsd.compare import read as read_answers
 from hfsd.errors import HfsdError
 from hfsd.fetch import Source
+from hfsd.findings import Results
 from hfsd.plain import dumps, load
 from hfsd.recipe import Recipe
-from hfsd.records import Example, Receipt, Results, Rewrite
+from hfsd.records import Example, Receipt, Rewrite
 from hfsd.rewrite import read as read_rewrites
 from hfsd.rundir import link_or_copy, merged_folder, new_folder, sha256, write_atomic
 from hfsd.text import headline
@@ -194,7 +195,7 @@ def _family_json(family: Family, places: Mapping[str, Mapping[str, Any]]) -> dic
     arms = [v.variant.id for v in results.variants if (family.root / "train" / v.variant.id / "adapter").is_dir()]
     ref = results.original
     original = places.get("original") or {"repo": ref.repo, "revision": ref.revision}
-    answers = read_answers(family.root / "compare")[1][:SPACE_EXAMPLES]
+    answers = read_answers(family.root / "compare").answers[:SPACE_EXAMPLES]
     return {
         "name": results.name,
         "title": f"{family.recipe.model_name}: original, SFT and self-distilled",

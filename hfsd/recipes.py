@@ -11,8 +11,9 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from hfsd.blocks import Block
 from hfsd.errors import BadRequest, nearest
-from hfsd.recipe import Block, Recipe
+from hfsd.recipe import Recipe
 
 PACKAGED = Path(__file__).parent / "packaged"
 

@@ -12,15 +12,16 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from hfsd import chat, checks, figures, hub
+from hfsd import chat, checks, figures
 from hfsd.answers import with_final_line
+from hfsd.blocks_recovery import Rewrite as RewriteRecipe
 from hfsd.checks import Draft
-from hfsd.drafts import Drafts, Similarity, messages, overlaps
+from hfsd.drafts import Drafts, messages
 from hfsd.engines import Engine
 from hfsd.errors import BadRequest
+from hfsd.likeness import similarity
 from hfsd.markdown import without_paths
 from hfsd.plain import dumps
-from hfsd.recipe import Rewrite as RewriteRecipe
 from hfsd.records import CONFIGS, Example, Message, Rewrite, TrainSet
 from hfsd.rundir import sha256, write_atomic
 
@@ -54,7 +55,8 @@ def run(
         name, pairs, n_tokens = f"from {Path(recipe.from_).name}", _given(Path(recipe.from_), rows, recipe), 0
         seconds = time.perf_counter() - start
     else:
-        drafts = Drafts(engine, recipe, key, out / "work" / "batches.jsonl", _similarity(recipe))
+        measure = similarity(recipe.similarity_model, "rewrite")
+        drafts = Drafts(engine, recipe, key, out / "work" / "batches.jsonl", measure)
         drafts.make(rows, spare)
         name, seconds = recipe.engine, drafts.seconds
         n_tokens = sum(d.n_tokens for made in drafts.judged.values() for d, _ in made)
@@ -107,42 +109,6 @@ def faults(recipe: RewriteRecipe) -> list[str]:
     return []
 
 
-def _similarity(recipe: RewriteRecipe) -> Similarity:
-    """Words in common, or the cosine of the model's embeddings where that is positive.
-
-    Raises:
-        BadRequest: sentence-transformers is not installed, or cannot load the model.
-    """
-    name = recipe.similarity_model
-    if name is None:
-        return overlaps
-    path = Path(name).expanduser()
-    if not path.is_dir() and (path.is_absolute() or name.startswith(".") or not hub.is_repo_id(name)):
-        raise BadRequest(f"rewrite.similarity_model: no folder {name}, and it is no Hub id such as org/name")
-    try:
-        from safetensors import SafetensorError
-        from sentence_transformers import SentenceTransformer
-    except ImportError:
-        raise BadRequest(
-            "rewrite.similarity_model needs sentence-transformers: pip install 'hfsd[embed]'; "
-            "without a model, similarity is the overlap of words"
-        ) from None
-    try:
-        model = SentenceTransformer(str(path) if path.is_dir() else name)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise BadRequest(
-            f"rewrite.similarity_model: cannot load {name} ({' '.join(str(error).split())[:300]}); "
-            "give the folder or the Hub id of a sentence-transformers model"
-        ) from error
-
-    def similarity(texts: Sequence[str], references: Sequence[str]) -> list[float]:
-        rows = model.encode([*texts, *references], normalize_embeddings=True, show_progress_bar=False)
-        pairs = zip(rows[: len(texts)], rows[len(texts) :], strict=True)
-        return [max(0.0, float(one @ other)) for one, other in pairs]
-
-    return similarity
-
-
 def _judged(draft: Draft, reason: str, reference_nats: float | None) -> Rewrite:
     fields = asdict(draft)
     return Rewrite(**fields, kept=reason == checks.KEPT, reason=reason, reference_nats=reference_nats)
@@ -161,10 +127,11 @@ def _given(path: Path, rows: Sequence[Example], recipe: RewriteRecipe) -> list[t
         raise BadRequest(
             f"rewrite.from: {path} has no rewrite of {len(absent)} of {len(rows)} rows, such as {absent[0]}"
         )
-    alike = _similarity(recipe)([texts[row.id] for row in rows], [row.reference for row in rows])
+    measure = similarity(recipe.similarity_model, "rewrite")
+    alike = measure([texts[row.id] for row in rows], [row.reference for row in rows])
     found = []
-    for row, similarity in zip(rows, alike, strict=True):
-        draft = Draft(row.id, texts[row.id], 0, "stop", "given", None, round(similarity, 4))
+    for row, likeness in zip(rows, alike, strict=True):
+        draft = Draft(row.id, texts[row.id], 0, "stop", "given", None, round(likeness, 4))
         found.append((row, _judged(draft, checks.verdict(draft, row, None, recipe), None)))
     return found
 

@@ -8,6 +8,7 @@ fields that differ.
 from __future__ import annotations
 
 import fcntl
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -25,15 +26,16 @@ from typing import Any
 import psutil
 
 from hfsd.errors import HfsdError, Refusal
-from hfsd.plain import dumps
+from hfsd.plain import dumps, flat
 from hfsd.records import SCHEMA
 
 START, DONE = "START.json", "DONE.json"
 PACKAGES = ("hfsd", "torch", "transformers", "datasets", "peft", "trl", "accelerate", "lm_eval", "huggingface_hub")
 # Measured, not made: these keys differ between two equal runs and are left out of the content hash.
 VOLATILE = {"seconds", "tokens_per_second", "train_seconds", "stage_seconds", "peak_bytes"}
+VOLATILE |= {"speedup", "prefill", "decode", "measured"}  # of drafts and costs
 VOLATILE |= {"date", "start_time", "end_time", "total_evaluation_time_seconds"}  # lm-eval's
-UNHASHED = (".log", ".png", ".md")  # logs, pictures, and pages that print times; what they show is in the JSON
+UNHASHED = (".log", ".png", ".md", ".html")  # logs, pictures, and pages that print times; what they show is in the JSON
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ class Stage:
     def _same_key(self, marker: dict[str, Any]) -> None:
         if marker["key"] == self.key:
             return
-        was, now = _flat(marker["fields"]), _flat(self.fields)
+        was, now = flat(marker["fields"]), flat(self.fields)
         differ = [
             f"{k} was {json.dumps(was.get(k))} and is now {json.dumps(now.get(k))}"
             for k in sorted(was.keys() | now.keys())
@@ -260,6 +262,7 @@ def append_log(root: Path, line: str) -> None:
         handle.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {line}\n")
 
 
+@functools.cache
 def package_versions() -> dict[str, str]:
     """Installed versions of what a result depends on."""
     versions = {}
@@ -305,16 +308,6 @@ def _without_volatile(data: Any) -> Any:
     if isinstance(data, dict):
         return {k: _without_volatile(v) for k, v in data.items() if k not in VOLATILE}
     return [_without_volatile(v) for v in data] if isinstance(data, list) else data
-
-
-def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in data.items():
-        if isinstance(value, dict) and value:
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
 
 
 def read_json(path: Path) -> Any:

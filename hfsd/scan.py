@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfsd import calibration, figures, models, processes, surgery
+from hfsd.blocks import as_range
+from hfsd.blocks_cut import Scan as ScanRecipe
 from hfsd.calibration import Batch
 from hfsd.data import Passage
 from hfsd.errors import BadRequest, HfsdError, Refusal
 from hfsd.plain import dumps
 from hfsd.progress import track
-from hfsd.recipe import Scan as ScanRecipe
-from hfsd.recipe import as_range
 from hfsd.records import BlockScores, Candidate, ModelRef, PrunePlan, Scan
 from hfsd.rundir import write_atomic
 from hfsd.verify import Blocks, Verifier

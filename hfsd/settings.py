@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from hfsd import adapters, models
+from hfsd.blocks_recovery import Train as TrainRecipe
 from hfsd.errors import BadRequest, HfsdError, Refusal, nearest
-from hfsd.recipe import Train as TrainRecipe
 from hfsd.records import TAUGHT
 
 if TYPE_CHECKING:
@@ -169,7 +169,7 @@ def arguments(job: Job, model: PreTrainedModel) -> dict[str, Any]:
     made = {
         **SFT,
         # TRL checkpoints gradients by default, which costs a forward pass; on a CPU only where memory demands it.
-        "gradient_checkpointing": not on_cpu or _crowded(job, model),
+        "gradient_checkpointing": not on_cpu or crowded(job, model),
         "bf16": has_bf16(),
         "dataloader_pin_memory": not on_cpu,
         **job.recipe.sft,
@@ -266,6 +266,13 @@ def everything(args: Any, lora_config: Any) -> dict[str, str]:
     return found
 
 
+def fuse_head(model: PreTrainedModel) -> None:
+    """Gives a model the head that SFTTrainer trains with: it makes the logits in tiles, never all at once."""
+    from trl.trainer.utils import add_fused_lm_head
+
+    add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+
+
 def has_bf16() -> bool:
     """Whether the accelerator computes bfloat16 natively."""
     import torch
@@ -287,7 +294,7 @@ def _before_cut(job: Job, model: PreTrainedModel) -> str:
     return rf".*{re.escape(name)}\.(?:{before})\..*" if before else "(?!)"
 
 
-def _crowded(job: Job, model: PreTrainedModel) -> bool:
+def crowded(job: Job, model: PreTrainedModel) -> bool:
     """Whether the activations of one batch would fill half of the free memory.
 
     About 18 numbers per hidden unit and 4 per unit of the MLP are kept for the backward pass of each block and token,

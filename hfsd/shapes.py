@@ -8,8 +8,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from hfsd.blocks_cut import Data
 from hfsd.errors import BadRequest
-from hfsd.recipe import Data
 from hfsd.records import Example, Message
 
 Row = dict[str, Any]

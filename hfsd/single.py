@@ -9,8 +9,9 @@ from hfsd import chat, data, fetch, models, processes, surgery
 from hfsd import merge as merging
 from hfsd import prune as pruning
 from hfsd import scan as scanning
+from hfsd.blocks_cut import Data, Model, Prune
 from hfsd.errors import BadRequest
-from hfsd.recipe import Data, Model, Prune, Recipe
+from hfsd.recipe import Recipe
 from hfsd.records import Checkpoint, MergeReport, PrunePlan, Scan
 from hfsd.rundir import new_folder
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from hfsd import data, fetch, shapes
+from hfsd.blocks import slug
+from hfsd.blocks_cut import Data, Model
 from hfsd.errors import BadRequest
-from hfsd.recipe import Data, Model, Recipe, slug
+from hfsd.recipe import Recipe
 from hfsd.recipes import parse
 
 TEMPLATE = """\

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hfsd import recipes
-from hfsd import session as work
-from hfsd.recipe import Data, Recipe
+from hfsd import recipes, taskfiles, work
+from hfsd.blocks_cut import Data
+from hfsd.recipe import Recipe
 from hfsd.records import STAGES, Variant
 from hfsd.rundir import Stage, sha256
 from hfsd.session import Session
@@ -66,8 +66,8 @@ def steps(recipe: Recipe, root: Path) -> list[Step]:
         parts = [arms[p.id] for p in merge_parts(recipe, v)]
         arms[v.id] = add(f"merge/{v.id}", work.merge, {"data": data, "merge": blocks["merge"]}, *parts)
     untrained: dict[str, tuple[str, ...]] = {"original": (), "pruned": (cut,)}
-    scored = {"model": model, "data": data, "evaluate": blocks["evaluate"]}
     for v in variants(recipe):
+        scored = {"model": model, "data": data, "evaluate": _evaluate_fields(recipe, blocks, v)}
         add(f"evaluate/{v.id}", work.evaluate, scored, *(untrained[v.arm] if v.arm in untrained else (arms[v.id],)))
     compared = {"model": model, "data": data, "compare": blocks["compare"]}
     add("compare", work.compare, compared, cut, *arms.values())
@@ -133,6 +133,14 @@ def _rewrite_fields(recipe: Recipe, blocks: dict[str, Any]) -> dict[str, Any]:
     if recipe.rewrite.endpoint is not None:
         fields["endpoint"] = {"model": recipe.rewrite.endpoint.model}
     return fields
+
+
+def _evaluate_fields(recipe: Recipe, blocks: dict[str, Any], variant: Variant) -> dict[str, Any]:
+    """What scores depend on: the bytes of local files, and not where they or a server lie, or what keeps it busy."""
+    left_out = ("data", "endpoint", "batch_tokens", "tensor_parallel")
+    fields = {k: v for k, v in blocks["evaluate"].items() if k not in left_out}
+    server = recipe.evaluate.endpoint.get(variant.id)
+    return fields | {"data": taskfiles.hashes(recipe.evaluate.data), "served_as": server.model if server else None}
 
 
 def _train_fields(blocks: dict[str, Any], variant: Variant) -> dict[str, Any]:

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfsd import models
+from hfsd.blocks_cut import Prune
 from hfsd.errors import BadRequest, Refusal
 from hfsd.models import DEPTH_FIELDS, decoder_blocks, outermost, text_config
-from hfsd.recipe import Prune
 from hfsd.records import PrunePlan
 
 if TYPE_CHECKING:

@@ -22,7 +22,10 @@ from hfsd import processes
 from hfsd.errors import HfsdError
 
 if TYPE_CHECKING:
-    from hfsd.records import Example, Results, Rewrite, Variant
+    from rich.table import Table
+
+    from hfsd.findings import Results
+    from hfsd.records import Example, Rewrite, Variant
 
 
 @contextmanager
@@ -58,7 +61,7 @@ def print_results(results: Results, root: Path) -> None:
     from rich.table import Table
 
     from hfsd.rundir import merged_folder
-    from hfsd.text import headline, notes, seeds_table, table
+    from hfsd.text import PAIRED_NOTE, cost_table, draft_table, headline, notes, paired_table, seeds_table, table
 
     console = Console(highlight=False, markup=False)
     console.print(f"\n{headline(results)}\n", style="bold")
@@ -75,9 +78,16 @@ def print_results(results: Results, root: Path) -> None:
         console.print(f"- {note}")
     for arm, seeds, mean, share in seeds_table(results)[1:]:
         console.print(f"- {arm} over seeds {seeds}: mean {mean} %, recovery {share} %")
+    if pairs := paired_table(results, "sft"):
+        console.print(_rich("Differences from sft", pairs))
+    if results.paired:
+        console.print(f"- {PAIRED_NOTE}")
+    for title, rows in (("As drafts for the original", draft_table(results)), ("Cost", cost_table(results))):
+        if rows:
+            console.print(_rich(title, [list(row) for row in zip(*rows, strict=True)] if "drafts" in title else rows))
     arms = [v.variant.id for v in results.variants if v.variant.arm not in ("original", "pruned")]
     print(
-        f"\nreport    {root / 'report' / 'report.md'}\nmodels    {root / 'publish'}\nrecipe    {root / 'recipe.yaml'}"
+        f"\nreport    {root / 'report' / 'index.html'}\nmodels    {root / 'publish'}\nrecipe    {root / 'recipe.yaml'}"
     )
     if arms:
         merged = merged_folder(root, arms[-1])
@@ -86,6 +96,17 @@ def print_results(results: Results, root: Path) -> None:
         print(f'  model = AutoModelForCausalLM.from_pretrained("{merged}")')
         print(f'  tokenizer = AutoTokenizer.from_pretrained("{merged}")')
     print(f"compare side by side:  hfsd space {root}\npublish:               hfsd push {root} --to NAME")
+
+
+def _rich(title: str, rows: Sequence[Sequence[str]]) -> Table:
+    from rich.table import Table
+
+    shown = Table(title=title, title_justify="left", padding=0)
+    for head in rows[0]:
+        shown.add_column(head, overflow="fold")
+    for row in rows[1:]:
+        shown.add_row(*row)
+    return shown
 
 
 def _name_lines(variant: Variant) -> list[str]:
@@ -125,17 +146,19 @@ def _in_turn(pairs: Sequence[tuple[Example, Rewrite]]) -> list[tuple[Example, Re
 
 
 def numbers(results: Results) -> dict[str, Any]:
-    """The closing numbers of `--json`."""
+    """The closing numbers of `--json`: means, recoveries with their bounds, and what the differences say."""
     return {
         "variants": {
             v.variant.id: {
                 "params": v.params,
                 "mean": v.mean,
                 "recovery": v.recovery,
+                "mean_of_ratios": v.mean_of_ratios,
                 "chance_corrected": v.chance_corrected,
             }
             for v in results.variants
-        }
+        },
+        "paired": results.paired,
     }
 
 

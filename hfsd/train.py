@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfsd import adapters, figures, models, processes, schedule, settings, trainers
+from hfsd.blocks_recovery import Train as TrainRecipe
 from hfsd.errors import HfsdError, Refusal
 from hfsd.plain import dumps
 from hfsd.progress import track
-from hfsd.recipe import Train as TrainRecipe
 from hfsd.records import TEXTS, PrunePlan, TrainReport, Variant
 from hfsd.rundir import write_atomic
 from hfsd.settings import Job, check_fields

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from hfsd import chat
+from hfsd.blocks_cut import Model
 from hfsd.engines import Answered, Batch, Completion, Engine, Request, Sampling, no_room
 from hfsd.errors import BadRequest
-from hfsd.recipe import Model
 
 AT_ONCE = 8  # planned batches in one call, of which all but the last rows keep vLLM's own batch full
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before any import of the Hub's client, which reads these once.
@@ -12,6 +13,16 @@ os.environ |= {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
 import pytest
 
 from tests import tiny
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_costs() -> Iterator[None]:
+    """One short turn of speed, and no new process per model, which takes seconds to import torch (see test_speed)."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hfsd.speed.TURNS", 1)
+        patch.setattr("hfsd.speed.NEW", 2)
+        patch.setattr("hfsd.speed.peak_alone", lambda asked: (1 << 20, "peak: made up in tests"))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -12,8 +12,9 @@ import yaml
 
 from hfsd import assets, cards, metadata, plain, publish, recipes
 from hfsd.errors import BadRequest, HfsdError
-from hfsd.records import Example, MergeReport, ModelRef, Results, Rewrite, Variant
-from tests.made import BREAKOUT, DISTILLED, GOOD, SFT, html, made, rows
+from hfsd.findings import Results, Setup
+from hfsd.records import Example, MergeReport, ModelRef, Rewrite, Variant
+from tests.made import BREAKOUT, DISTILLED, GOOD, SFT, draft, html, made, rows
 
 GGUF = ModelRef("package:tiny==0.1/tiny/tiny.Q4_1.gguf", "sha256:" + "b" * 64)
 REPOS = {
@@ -113,6 +114,27 @@ def test_original_from_a_gguf_states_quantisation_and_source():
     assert "What was removed" not in card and "assistant_model" not in card
 
 
+def test_differences_drafts_and_costs_are_in_the_card():
+    card = cards.model_card(made(), DISTILLED.id, REPOS, {})
+    page = html(body(card))
+    assert f">{DISTILLED.id} - {SFT.id}</td>" in page and "McNemar's p is exact" in page
+    assert page.count(">80.0 [76.1, 83.9]<") == 1 and "60.0 [56.1, 63.9]" not in page  # its own draft use only
+    assert "prefill, tokens/s" in page and "0.700 x" in page
+    refused = replace(draft(DISTILLED, 0.8), refused="its tokenizer is another one", acceptance=0.0)
+    card = cards.model_card(made(drafts=[draft(SFT, 0.7), refused]), DISTILLED.id, REPOS, {})
+    assert "assistant_model" not in card and cards.validate(card) == []
+    without = cards.model_card(made(drafts=[], costs=[], documents={}), DISTILLED.id, REPOS, {})
+    assert cards.validate(without) == [] and "McNemar" not in without and "depends on how often" in without
+
+
+def test_a_score_of_local_data_is_marked_in_the_front_matter():
+    setup = Setup(data="arc.jsonl rows [0, 90); shots from rows [90, 100)", comparable=False)
+    card = cards.model_card(made(rows=rows(GOOD, setup=setup)), "pruned", REPOS, {})
+    (first, *_) = front(card)["model-index"][0]["results"]
+    assert "not comparable with the leaderboard" in first["metrics"][0]["name"]
+    assert "arc.jsonl rows" in card and card.count("not comparable with the leaderboard") == 4
+
+
 def test_unknown_license_is_said_and_not_invented():
     card = cards.model_card(made(facts={}), DISTILLED.id, REPOS, {})
     assert "license" not in front(card) and "license of the original model is not known" in card
@@ -123,8 +145,13 @@ def test_the_card_says_what_it_recovers_and_what_it_lost():
     card = cards.model_card(
         made(), DISTILLED.id, REPOS, {"limits": ["It knows no other language."], "machine": "2 cores"}
     )
-    assert "It recovers 92.3% of the original's mean score" in card and "87.5% chance-corrected" in card
-    assert "not told apart from the original at n = 200" in card and "It knows no other language." in card
+    plain_text = card.replace("\\", "")
+    assert re.search(r"It recovers 92\.3% \[\d\d\.\d, \d+\.\d\] of the original's mean score", plain_text)
+    assert re.search(r"87\.5% \[\d\d\.\d, \d+\.\d\] chance-corrected", plain_text)
+    assert re.search(
+        r"- tiny_match \(%\): 65\.0 .* against 70\.0 .* -5\.0 points .* not told apart at this n\.", plain_text
+    )
+    assert "It knows no other language." in card
     assert "removes blocks \\[2, 4) of 6" in card
     assert (
         "75.0% of 20 rows" in card
@@ -165,7 +192,9 @@ def test_planted_texts_stay_texts():
     results = made(
         name=nasty, plan=replace(made().plan, why=nasty), recipe=BREAKOUT, facts={"license": "mit", "machine": nasty}
     )
-    results = replace(results, tasks=[replace(results.tasks[0], task=nasty), *results.tasks[1:]])
+    name = results.tasks[0].task
+    renamed = [replace(p, task=nasty) if p.task == name else p for p in results.paired]
+    results = replace(results, tasks=[replace(results.tasks[0], task=nasty), *results.tasks[1:]], paired=renamed)
     planted = [(Example(nasty, BREAKOUT, BREAKOUT), Rewrite(nasty, BREAKOUT, True, "kept", 3, "stop"))]
     found = all_cards(results, facts={"limits": [nasty], "source": nasty})
     found["dataset"] = cards.dataset_card(results, REPOS, planted)

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hfsd import checks
+from hfsd.blocks_recovery import Rewrite as RewriteRecipe
 from hfsd.checks import Draft
-from hfsd.recipe import Rewrite as RewriteRecipe
 from hfsd.records import Example
 
 

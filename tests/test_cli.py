@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 
 from hfsd import recipes
 from hfsd import rewrite as rewriting
+from hfsd.blocks_recovery import Rewrite
 from hfsd.cli import app
-from hfsd.recipe import Rewrite
 from hfsd.records import Example
 from tests import tiny
 

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hfsd import chat, data, shapes
+from hfsd.blocks_cut import Data
 from hfsd.errors import BadRequest
-from hfsd.recipe import Data
 from hfsd.records import Example
 from tests import tiny
 from tests.hub import hub_env, run_client
@@ -282,7 +282,7 @@ def test_a_template_that_strips_the_system_turn_has_one() -> None:
 
 COMMIT = """
 from hfsd import data
-from hfsd.recipe import Data
+from hfsd.blocks_cut import Data
 asked = [("tester/rows", None), ("tester/rows", "main"), ("tester/none", None), ("gym:gsm_symbolic", None)]
 for source, revision in asked:
     print(data.commit(Data(source=source, revision=revision)))

@@ -10,8 +10,8 @@ import pytest
 
 from hfsd import cards, fetch, models, pipeline
 from hfsd.family import Family
+from hfsd.findings import Results
 from hfsd.plain import load
-from hfsd.records import Results
 
 ROOT = Path(__file__).parents[1] / "runs" / "demo"
 pytestmark = [

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from hfsd import fetch, models, recipes, train
+from hfsd.blocks_recovery import Train
 from hfsd.plain import load
-from hfsd.recipe import Train
 from hfsd.records import CONFIGS, Checkpoint, Variant
 
 ROOT = Path(__file__).parents[1] / "runs" / "demo"

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from hfsd import drafts, progress, rewrite
+from hfsd import drafts, likeness, progress, rewrite
+from hfsd.blocks_recovery import Rewrite as RewriteRecipe
 from hfsd.engines import Completion, Request, Sampling
 from hfsd.errors import HfsdError
-from hfsd.recipe import Rewrite as RewriteRecipe
 from tests.test_rewrite import ROWS, SPARE, Fake, _right
 
 ASKED = RewriteRecipe(task="math", batch_rows=4, mode="self")
@@ -79,11 +79,11 @@ def test_the_live_line_tells_what_is_accepted_and_the_pace_of_this_process(
             ASKED,
             "key",
             log,
-            drafts.overlaps,
+            likeness.overlaps,
         )
         made.make(ROWS, SPARE)
     capsys.readouterr()
-    again = drafts.Drafts(lambda: Slow(_right), ASKED, "key", log, drafts.overlaps)
+    again = drafts.Drafts(lambda: Slow(_right), ASKED, "key", log, likeness.overlaps)
     again.make(ROWS, SPARE)
     told = capsys.readouterr().err.splitlines()
     assert [line.split()[1] for line in told] == ["4/10", "8/10", "10/10"]

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 from hfsd import endpoint, rewrite
+from hfsd.blocks import Endpoint
+from hfsd.blocks_recovery import Rewrite as RewriteRecipe
 from hfsd.endpoint import Remote
 from hfsd.engines import Batch, Request, Sampling
 from hfsd.errors import BadRequest, HfsdError, Refusal
-from hfsd.recipe import Endpoint
-from hfsd.recipe import Rewrite as RewriteRecipe
 from hfsd.records import Example
 
 
@@ -341,7 +341,7 @@ def test_the_hubs_token_stays_with_the_hub(server: Server, monkeypatch: pytest.M
 )
 def test_which_urls_are_the_hubs(url: str, sent: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.get_token", lambda: "hf_secret")
-    assert endpoint._key(Endpoint(url=url)) == ("hf_secret" if sent else "none")
+    assert endpoint.key_for(Endpoint(url=url)) == ("hf_secret" if sent else "none")
 
 
 def test_a_key_comes_from_the_variable_that_the_recipe_names(

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from hfsd import chat, engines, models, vllm_engine
+from hfsd.blocks_cut import Model
 from hfsd.engines import Batch, Request, Sampling
 from hfsd.errors import HfsdError
-from hfsd.recipe import Model
 
 
 def test_transformers_batches_equal_single_rows(model_folder: Path) -> None:

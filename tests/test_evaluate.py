@@ -1,9 +1,12 @@
-"""Evaluation: our backend against lm-eval's own, resumption, files, refusals."""
+"""Evaluation: scores against lm-eval's own, resumption, files, processes, refusals."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +14,14 @@ from typing import Any
 
 import pytest
 
-from hfsd import evaluate, taskdata
+from hfsd import evaluate, harness, pipeline, session, steps, taskdata
+from hfsd import work as doing
 from hfsd.errors import BadRequest, HfsdError
+from hfsd.findings import EvalRow, Setup
 from hfsd.recipe import Evaluate
-from hfsd.records import EvalRow, Variant
+from hfsd.records import Variant
 from tests import tiny
+from tests.test_harness import arc, written
 from tests.test_taskdata import examples
 
 ORIGINAL = Variant("original")
@@ -37,155 +43,20 @@ def docs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(model: Any, docs: Path, out: Path, tasks: tuple[str, ...] = ("demo",), **fields: Any) -> list[EvalRow]:
-    return evaluate.run(model, tiny.tokenizer(), ORIGINAL, Evaluate(tasks=tasks, **fields), docs, out)
+    """The scores of a model; None: none may be needed."""
+    tokenizer = fields.pop("tokenizer", None) or tiny.tokenizer()
+
+    def backend() -> Any:
+        assert model is not None, "evaluated again"
+        return evaluate.in_process(model, tokenizer, 2048)
+
+    return evaluate.run(backend, tokenizer, ORIGINAL, harness.Tasks(Evaluate(tasks=tasks, **fields), docs), out)
 
 
 @pytest.fixture(scope="module")
 def scored(model: Any, docs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[EvalRow], Path]:
     out = tmp_path_factory.mktemp("out")
     return run(model, docs, out), out
-
-
-def instances(requests: list[tuple[str, str]]) -> list[Any]:
-    from lm_eval.api.instance import Instance
-
-    return [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(requests)]
-
-
-REQUESTS = [
-    *(("Two and two are", choice) for choice in (" four", " five", " fourteen", " 4", " four")),
-    *(("One letter:", choice) for choice in ("A", "B", "C", "D")),  # choices of one token
-    *(("A prefix of another:", choice) for choice in (" long", " longer and longer", " l")),
-    ("No relatives,", " one choice."),
-    ("The same text", " as a longer context's"),
-    ("The same text as", " a longer context's"),
-    ("", "no context at all"),
-    ("trailing space ", "moves to the choice"),
-    *(("x" * 1500, choice) for choice in ("too long", "too long to read")),  # past the model's 1024 positions
-]
-
-
-@pytest.mark.parametrize("batch_tokens", [2048, 16])
-def test_log_likelihoods_equal_lm_evals_own(model: Any, batch_tokens: int) -> None:
-    from lm_eval.models.huggingface import HFLM
-
-    from hfsd.lm import SharedContextLM
-
-    # with its cache of logits, lm-eval 0.4.13 mis-scores one text that is split at two places (REQUESTS has one)
-    stock = HFLM(pretrained=model, tokenizer=tiny.tokenizer(), batch_size=1, logits_cache=False)
-    ours = SharedContextLM(model, tiny.tokenizer(), batch_tokens)
-    assert ours.shares
-    wanted, found = (lm.loglikelihood(instances(REQUESTS), disable_tqdm=True) for lm in (stock, ours))
-    for pair, (a, greedy_a), (b, greedy_b) in zip(REQUESTS, wanted, found, strict=True):
-        assert b == pytest.approx(a, abs=1e-4), pair
-        assert greedy_a == greedy_b, pair
-    texts = [("some text to roll over",), ("another one",), ("y" * 1200,)]
-    rolling = [lm.loglikelihood_rolling(instances(texts), disable_tqdm=True) for lm in (stock, ours)]
-    assert rolling[1] == pytest.approx(rolling[0], abs=1e-3)  # sums over a thousand tokens
-
-
-def test_a_large_vocabulary_is_scored_as_lm_eval_does() -> None:
-    """In float32, how a softmax over 50,000 logits is summed shows in the fifth digit of every token."""
-    import torch
-    from lm_eval.models.huggingface import HFLM
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from hfsd.lm import SharedContextLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=50_000, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
-    )
-    wide = LlamaForCausalLM(config)
-    with torch.no_grad():
-        wide.lm_head.weight.mul_(100)  # logits as spread as a trained model's
-    requests = [("context", choice * 60) for choice in (" one", " two")]
-    lms = (HFLM(pretrained=wide, tokenizer=tiny.tokenizer()), SharedContextLM(wide, tiny.tokenizer()))
-    wanted, found = ([a for a, _ in lm.loglikelihood(instances(requests), disable_tqdm=True)] for lm in lms)
-    assert found == pytest.approx(wanted, abs=1e-4)
-
-
-def test_a_greedy_continuation_is_seen(model: Any) -> None:
-    """Both backends say that a text is what the model would write, also when it is a fork and not the stem."""
-    import torch
-
-    from hfsd.lm import SharedContextLM
-
-    tokenizer = tiny.tokenizer()
-    ids = tokenizer("Greedy:", return_tensors="pt").input_ids
-    with torch.no_grad():
-        written = model.generate(ids, do_sample=False, max_new_tokens=6, min_new_tokens=6)[0, ids.shape[1] :]
-    requests = [((" ", " "), ids[0].tolist(), list(tail)) for tail in (written.tolist(), [5] * 40, [5] * 39 + [6])]
-    lm = SharedContextLM(model, tokenizer)
-    lm.cache_hook = type("Hook", (), {"add_partial": lambda *_: None})()
-    assert [greedy for _, greedy in lm._loglikelihood_tokens(requests)] == [True, False, False]
-
-
-def test_a_shared_context_is_computed_once(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hfsd.lm import SharedContextLM
-
-    read: list[int] = []
-    plain = SharedContextLM._forward
-
-    def counting(self: Any, inputs: Any, keep: int, cache: Any = None) -> Any:
-        read.append(sum(map(len, inputs)))
-        return plain(self, inputs, keep, cache)
-
-    lm = SharedContextLM(model, tiny.tokenizer())
-    monkeypatch.setattr(SharedContextLM, "_forward", counting)
-    lm.loglikelihood(instances([("c" * 400, f" same{i}") for i in range(4)]))
-    assert sum(read) <= 400 + 4 * len(" same0")
-
-
-@pytest.mark.parametrize("kind", ["sliding", "dynamic-rope"])
-def test_other_caches_take_lm_evals_path(kind: str, caplog: pytest.LogCaptureFixture) -> None:
-    import torch
-    from lm_eval.models.huggingface import HFLM
-    from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
-
-    from hfsd.lm import SharedContextLM
-
-    torch.manual_seed(0)
-    sizes: dict[str, Any] = {
-        "vocab_size": tiny.VOCABULARY,
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "max_position_embeddings": 64,
-    }
-    if kind == "sliding":
-        other: Any = MistralForCausalLM(MistralConfig(**sizes, sliding_window=8))
-    else:
-        scaled = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
-        other = LlamaForCausalLM(LlamaConfig(**sizes, rope_parameters=scaled))
-    ours = SharedContextLM(other, tiny.tokenizer())
-    assert not ours.shares
-    assert "every choice is computed on its own" in caplog.text
-    requests = [("a context of more than eight", choice) for choice in (" one", " another")]
-    stock = HFLM(pretrained=other, tokenizer=tiny.tokenizer(), batch_size=1)
-    wanted, found = (lm.loglikelihood(instances(requests), disable_tqdm=True) for lm in (stock, ours))
-    assert [a for a, _ in found] == pytest.approx([a for a, _ in wanted], abs=1e-4)
-
-
-def test_an_adapter_is_evaluated(model_folder: Path) -> None:
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    from hfsd.lm import SharedContextLM
-
-    base = AutoModelForCausalLM.from_pretrained(model_folder)
-    plain = SharedContextLM(base, tiny.tokenizer()).loglikelihood(instances(REQUESTS[:5]))
-    adapted = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
-    lm = SharedContextLM(adapted, tiny.tokenizer())
-    assert lm.shares
-    changed = lm.loglikelihood(instances(REQUESTS[:5]))
-    with torch.no_grad(), adapted.disable_adapter():
-        off = SharedContextLM(adapted, tiny.tokenizer()).loglikelihood(instances(REQUESTS[:5]))
-    assert [a for a, _ in off] == pytest.approx([a for a, _ in plain], abs=1e-5)
-    assert max(abs(a - b) for (a, _), (b, _) in zip(changed, plain, strict=True)) > 1e-3
 
 
 def test_rows_and_files(scored: tuple[list[EvalRow], Path], docs: Path) -> None:
@@ -213,7 +84,9 @@ def test_rows_and_files(scored: tuple[list[EvalRow], Path], docs: Path) -> None:
         else:
             assert row.value == sum(line["metrics"][row.metric] for line in lines) / row.n
         raw = json.loads((out / f"{row.task}.json").read_text(encoding="utf-8"))["lm_eval"]
-        assert raw["n-samples"]["effective"] == row.n and raw["task_hash"] and raw["chat_template"] is True
+        assert raw["n-samples"]["effective"] == row.n and raw["task_hash"]
+        assert row.setup == Setup(chat_template=True, multiturn=True) and raw["setup"] == dataclasses.asdict(row.setup)
+        assert {"versions", "n-shot", "configs", "lm_eval_version", "data"} <= raw.keys()
         assert str(docs) not in (out / f"{row.task}.json").read_text(encoding="utf-8")  # no path of this machine
 
 
@@ -234,7 +107,7 @@ def test_scores_equal_lm_evals_own_run(scored: tuple[list[EvalRow], Path], model
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    manager = TaskManager(include_path=evaluate.PACKAGED, include_defaults=False)
+    manager = TaskManager(include_path=harness.PACKAGED, include_defaults=False)
     files = [{"task": t, "dataset_kwargs": {"data_files": {"test": str(docs / f"{t}.jsonl")}}} for t in DEMO]
     result = simple_evaluate(
         model=HFLM(pretrained=model, tokenizer=tiny.tokenizer(), batch_size=1),
@@ -246,14 +119,53 @@ def test_scores_equal_lm_evals_own_run(scored: tuple[list[EvalRow], Path], model
     assert result is not None
     for row in scored[0]:
         assert row.value == pytest.approx(result["results"][row.task][f"{row.metric},{row.filter}"], abs=1e-5)
+        same_documents(scored[1], row, result["samples"][row.task])
 
 
-def test_a_finished_task_is_not_run_again(
-    scored: tuple[list[EvalRow], Path], model: Any, docs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def same_documents(out: Path, row: EvalRow, samples: list[Any]) -> None:
+    """Each document's own score and log-likelihoods are those that lm-eval logged; so is what was asked."""
+    lines = [json.loads(line) for line in (out / row.doc_file).open(encoding="utf-8")]
+    for line, sample in zip(lines, sorted(samples, key=lambda s: s["doc_id"]), strict=True):
+        assert line["hash"] == sample["doc_hash"]
+        assert line["metrics"][row.metric] == pytest.approx(sample[row.metric], abs=1e-4)
+        likelihoods = [float(response[0]) for response in sample["filtered_resps"]]
+        assert line["responses"] == pytest.approx(likelihoods, abs=2e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", ["tiny", "demo"])
+def test_the_original_scores_as_on_lm_evals_command_line(which: str, model_folder: Path, tmp_path: Path) -> None:
+    """To the last document: the packaged tasks by `python -m lm_eval`, where their documents lie."""
+    from hfsd import data, fetch, models, recipes
+
+    folder, rows, limit = model_folder, examples(), None
+    if which == "demo":
+        asked = recipes.load("demo")[0]
+        folder = fetch.resolve(asked.model).folder
+        rows, limit = data.split(data.load(asked.data[0]), asked.data[0]).held_out, 12
+    docs, out, theirs = (tmp_path / n for n in ("docs", "out", "theirs"))
+    taskdata.write(taskdata.build(rows, limit, 0), docs)
+    tasks = harness.Tasks(Evaluate(), docs)
+    loaded = models.load(folder, "float32")
+    tokenizer = models.load_tokenizer(folder)
+    mine = evaluate.run(lambda: evaluate.in_process(loaded, tokenizer, 2048), tokenizer, ORIGINAL, tasks, out)
+    command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--device", "cpu", "--batch_size", "4"]
+    command += ["--model_args", f"pretrained={folder},dtype=float32", "--tasks", *DEMO, "--log_samples"]
+    command += ["--include_path", str(harness.PACKAGED), "--output_path", str(theirs)]
+    command += ["--apply_chat_template", "--fewshot_as_multiturn"]
+    done = subprocess.run(command, cwd=docs, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (whole,) = theirs.rglob("results_*.json")
+    results = json.loads(whole.read_text())["results"]
+    for row in mine:
+        assert row.value == pytest.approx(results[row.task][f"{row.metric},{row.filter}"], abs=1e-5)
+        (logged,) = theirs.rglob(f"samples_{row.task}_*.jsonl")
+        same_documents(out, row, [json.loads(line) for line in logged.read_text().splitlines()])
+
+
+def test_a_finished_task_is_not_run_again(scored: tuple[list[EvalRow], Path], docs: Path) -> None:
     rows, out = scored
-    monkeypatch.setattr(evaluate, "_backend", lambda *_: pytest.fail("evaluated again"))
-    assert run(model, docs, out) == rows
+    assert run(None, docs, out) == rows
 
 
 def test_a_killed_evaluation_ends_equal(
@@ -270,10 +182,54 @@ def test_a_killed_evaluation_ends_equal(
 def test_limit_and_no_chat_template(model: Any, docs: Path, tmp_path: Path) -> None:
     tokenizer = tiny.tokenizer()
     tokenizer.chat_template = None
-    recipe = Evaluate(tasks=("demo_bpb", "demo_rank"), limit=2)
-    rows = evaluate.run(model, tokenizer, ORIGINAL, recipe, docs, tmp_path)
+    rows = run(model, docs, tmp_path, ("demo_bpb", "demo_rank"), limit=2, tokenizer=tokenizer)
     assert [(r.task, r.n) for r in rows] == [("demo_bpb", 2), ("demo_rank", 2)]
-    assert json.loads((tmp_path / "demo_bpb.json").read_text())["lm_eval"]["chat_template"] is False
+    assert rows[0].setup == Setup(limit=2)
+    for field in ("chat_template", "multiturn"):
+        with pytest.raises(BadRequest, match=rf"evaluate\.{field}: the tokenizer of original has no chat template"):
+            evaluate.run(
+                lambda: None, tokenizer, ORIGINAL, harness.Tasks(Evaluate.model_validate({field: True}), docs), tmp_path
+            )
+
+
+def test_the_template_can_be_left_out_and_shots_kept_in_one_turn(model: Any, tmp_path: Path) -> None:
+    """Both are seen in the prompts' hashes, which differ, and in every row."""
+    file, setups, hashes = written(tmp_path / "a.jsonl", arc(8)), [], []
+    ways: list[dict[str, Any]] = [{"chat_template": False}, {"multiturn": False}, {}, {"fewshot": "fixed"}]
+    for i, fields in enumerate(ways):
+        asked = {"data": {"arc_easy": {"test": file}}, "limit": 3, "shots": 2, "seed": 5, **fields}
+        row, *_ = run(model, tmp_path, tmp_path / str(i), ("arc_easy",), **asked)
+        setups.append((row.setup.chat_template, row.setup.multiturn, row.setup.fewshot))
+        assert (row.setup.seed, row.shots, row.setup.comparable) == (5, 2, False)
+        hashes.append(json.loads((tmp_path / str(i) / "arc_easy.json").read_text())["lm_eval"]["task_hash"])
+    assert setups == [
+        (False, False, "drawn"),
+        (True, False, "drawn"),
+        (True, True, "drawn"),
+        (True, True, "fixed"),
+    ]
+    assert len(set(hashes)) == 4
+
+
+def test_both_filters_of_gsm8k_are_rows(model: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = written(tmp_path / "g.jsonl", tiny.problems(12))
+    rows = run(model, tmp_path, tmp_path / "out", ("gsm8k",), data={"gsm8k": {"test": file}}, limit=2, shots=1)
+    assert [(r.metric, r.filter, r.n, r.chance) for r in rows] == [
+        ("exact_match", "strict-match", 2, 0.0),
+        ("exact_match", "flexible-extract", 2, 0.0),
+    ]
+    assert {r.setup.data for r in rows} == {"g.jsonl rows [0, 2); shots from rows [2, 12)"}
+    said = capsys.readouterr().out.splitlines()
+    assert said == [
+        "original: gsm8k: exact_match (strict-match) 0.0% [0.0 to 65.8], exact_match (flexible-extract) 0.0% "
+        "[0.0 to 65.8], n = 2"
+    ]
+
+
+def test_missing_data_is_told_before_the_model_is_loaded(docs: Path, tmp_path: Path) -> None:
+    with pytest.raises(BadRequest, match="piqa: its data set baber/piqa .* cannot be had"):
+        run(None, docs, tmp_path / "out", ("demo_rank", "piqa"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_group_with_an_aggregate(
@@ -285,7 +241,7 @@ def test_a_group_with_an_aggregate(
     for name, task, count in (("left", "demo_rank", 4), ("right", "demo_rank", 3)):
         lines = (docs / f"{task}.jsonl").read_text(encoding="utf-8").splitlines()[:count]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        config = (evaluate.PACKAGED / f"{task}.yaml").read_text(encoding="utf-8")
+        config = (harness.PACKAGED / f"{task}.yaml").read_text(encoding="utf-8")
         moved = config.replace(f"{task}.jsonl", str(tmp_path / f"{name}.jsonl")).replace(
             f"task: {task}", f"task: {name}"
         )
@@ -295,42 +251,16 @@ def test_a_group_with_an_aggregate(
         "metadata: {version: 3}\n"
     )
     manager = TaskManager(include_path=tmp_path, include_defaults=False)
-    monkeypatch.setattr(evaluate, "_manager", lambda packaged=False: manager)
+    monkeypatch.setattr(harness, "_manager", lambda folder=None: manager)
     out = tmp_path / "out"
     (row,) = run(model, docs, out, ("both",))
     left, right = (evaluate._read(out, name)[0] for name in ("left", "right"))
     assert (row.task, row.version, row.n, row.chance) == ("both", "3", 7, 0.25)
     assert row.value == pytest.approx((4 * left.value + 3 * right.value) / 7)
     assert [json.loads(line)["task"] for line in (out / row.doc_file).open()] == ["left"] * 4 + ["right"] * 3
-    monkeypatch.setattr(evaluate, "_backend", lambda *_: pytest.fail("evaluated again"))
-    assert run(model, docs, out, ("both",)) == [row]
+    assert run(None, docs, out, ("both",)) == [row]
     (out / "both.json").unlink()
-    assert run(model, docs, out, ("both",)) == [row]
-
-
-def test_unknown_tasks_name_the_nearest(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, docs: Path) -> None:
-    known = type("Manager", (), {"all_tasks": ["arc_challenge", "arc_easy", "piqa"], "all_groups": []})
-    monkeypatch.setattr(evaluate, "_manager", known)
-    assert evaluate.check_tasks(["demo", "openllm", "demo_rank", "mmlu", "piqa", "arc_easy"]) == []
-    faults = evaluate.check_tasks(["demo_rnak", "arc_eazy", "zzzz"])
-    assert [f.split(";")[0] for f in faults] == [
-        "no suite, task or group 'demo_rnak' (nearest: demo_rank, demo_match, demo)",
-        "no suite, task or group 'arc_eazy' (nearest: arc_easy)",
-        "no suite, task or group 'zzzz'",
-    ]
-    with pytest.raises(BadRequest, match=r"evaluate\.tasks: no suite, task or group 'demo_rnak'"):
-        run(None, docs, tmp_path, ("demo_rnak",))
-
-
-def test_packaged_names_need_no_lm_eval() -> None:
-    code = (
-        "import sys; from hfsd import evaluate;"
-        "assert evaluate.check_tasks(['demo', 'openllm', 'demo_bpb', 'arc_easy']) == [];"
-        "assert evaluate.suite('demo')[0] == 'demo_match' and evaluate.suite('piqa') == ('piqa',);"
-        "print([m for m in ('torch', 'transformers', 'datasets', 'lm_eval') if m in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "[]\n"
+    assert run(None, docs, out, ("both",)) == [row]
 
 
 def test_twice_the_same_task_is_refused(model: Any, docs: Path, tmp_path: Path) -> None:
@@ -352,9 +282,116 @@ def test_a_failing_task_is_one_line_and_leaves_nothing(
 ) -> None:
     from hfsd.lm import SharedContextLM
 
-    monkeypatch.setattr(SharedContextLM, "_forward", lambda *_: 1 / 0)
-    monkeypatch.setattr(SharedContextLM, "_why_not_shared", lambda _: "")
+    monkeypatch.setattr(SharedContextLM, "loglikelihood", lambda *_, **__: 1 / 0)
     with pytest.raises(HfsdError, match=r"demo_rank on original failed: ZeroDivisionError: division by zero") as caught:
         run(model, docs, tmp_path, ("demo_rank",))
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+TWO_TASKS: dict[str, Any] = {"evaluate__tasks": ["demo_rank", "demo_bpb"], "evaluate__limit": 2}
+
+
+def test_a_killed_evaluation_goes_on_at_the_next_task(
+    tiny_run: Path,
+    model_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It dies in the second variant, between its tasks; results have streamed until there."""
+    root = Path(shutil.copytree(tiny_run, tmp_path / "tiny", copy_function=shutil.copy2))
+    asked, write = tiny.recipe(model_folder, **TWO_TASKS), evaluate._write
+    made: list[tuple[str, str]] = []
+
+    def dies(out: Path, name: str, *rest: Any) -> None:
+        made.append((out.name, name))
+        if len(made) == 4:
+            raise KeyboardInterrupt
+        write(out, name, *rest)
+
+    def lives(out: Path, name: str, *rest: Any) -> None:
+        made.append((out.name, name))
+        write(out, name, *rest)
+
+    monkeypatch.setattr(evaluate, "_write", dies)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run(asked, out=root, redo="evaluate", until="evaluate")
+    said = [line.split(": ")[:2] for line in capsys.readouterr().out.splitlines()]
+    assert said == [["original", "demo_rank"], ["original", "demo_bpb"], ["pruned", "demo_rank"]]
+    kept = {p: p.stat().st_mtime_ns for p in (root / "evaluate").glob("*/demo_*.json")}
+    made.clear()
+    monkeypatch.setattr(evaluate, "_write", lives)
+    pipeline.run(asked, out=root, until="evaluate")
+    arms = ("sft-gsm-symbolic", "self-distilled-gsm-symbolic")
+    assert made == [("pruned", "demo_bpb"), *((arm, task) for arm in arms for task in ("demo_rank", "demo_bpb"))]
+    assert kept.items() <= {p: p.stat().st_mtime_ns for p in (root / "evaluate").glob("*/demo_*.json")}.items()
+    undisturbed = Path(shutil.copytree(tiny_run, tmp_path / "again", copy_function=shutil.copy2))
+    pipeline.run(asked, out=undisturbed, redo="evaluate", until="evaluate")
+    for one in (undisturbed / "evaluate").glob("*/scores.json"):
+        assert one.read_bytes() == (root / "evaluate" / one.parent.name / "scores.json").read_bytes()
+
+
+def test_two_processes_give_the_scores_of_one(tiny_run: Path, model_folder: Path, tmp_path: Path) -> None:
+    """With drawn shots; all variants, started as torchrun starts them."""
+    import yaml
+
+    from hfsd import recipes
+
+    file = written(tmp_path / "a.jsonl", arc(20))
+    asked = tiny.recipe(
+        model_folder,
+        evaluate__tasks=["demo_bpb", "arc_easy"],
+        evaluate__limit=3,
+        evaluate__shots=2,
+        evaluate__data={"arc_easy": {"test": file}},
+    )
+    one, two = (Path(shutil.copytree(tiny_run, tmp_path / n, copy_function=shutil.copy2)) for n in ("one", "two"))
+    pipeline.run(asked, out=one, redo="evaluate", until="evaluate")
+    for stage in ("evaluate", "compare", "report", "publish"):
+        shutil.rmtree(two / stage)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipes.dump(asked)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "hfsd"]
+    home = Path(__file__).parents[1]
+    done = subprocess.run(
+        [*command, "eval", str(tmp_path / "recipe.yaml"), "--out", str(two)],
+        env=os.environ | {"PYTHONPATH": str(home)},
+        cwd=home,
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    ids = sorted(p.parent.name for p in one.glob("evaluate/*/scores.json"))
+    assert len(ids) == 4 and ids == sorted(p.parent.name for p in two.glob("evaluate/*/scores.json"))
+    for name in ids:
+        mine, theirs = (json.loads((root / "evaluate" / name / "scores.json").read_text()) for root in (one, two))
+        for a, b in zip(mine, theirs, strict=True):
+            assert {**a, "value": 0, "stderr": 0} == {**b, "value": 0, "stderr": 0}
+            assert b["value"] == pytest.approx(a["value"], abs=0 if a["task"] == "arc_easy" else 1e-6)
+            assert b["stderr"] == pytest.approx(a["stderr"], abs=1e-6)
+        hashes = [
+            json.loads((r / "evaluate" / name / "arc_easy.json").read_text())["lm_eval"]["task_hash"]
+            for r in (one, two)
+        ]
+        assert hashes[0] == hashes[1]  # every question was asked with the same shots
+        assert done.stdout.count(f"{name}: arc_easy: ") == 1
+
+
+def test_a_variant_is_asked_with_its_own_tokenizer(tiny_run: Path, model_folder: Path, tmp_path: Path) -> None:
+    """Its merged checkpoint may bring another one: here, one whose template asks in other words."""
+    root = Path(shutil.copytree(tiny_run, tmp_path / "tiny", copy_function=shutil.copy2))
+    arm = "sft-gsm-symbolic"
+    other = tiny.tokenizer()
+    other.chat_template = other.chat_template.replace("assistant", "expert")
+    other.save_pretrained(root / "train" / arm / "merged")
+    asked = tiny.recipe(model_folder, **TWO_TASKS)
+    plan = {s.stage.name: s for s in steps.steps(asked, root)}
+    work = session.Session(asked, root, steps.variants(asked))
+    hashes = {}
+    for name in ("pruned", arm):
+        shutil.rmtree(root / "evaluate" / name)
+        doing.evaluate(work, plan[f"evaluate/{name}"].stage)
+        hashes[name] = json.loads((root / "evaluate" / name / "demo_rank.json").read_text())["lm_eval"]["task_hash"]
+    assert len(set(hashes.values())) == 2

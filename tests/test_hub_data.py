@@ -107,7 +107,7 @@ READ = """
 import json
 from hfsd import data
 from hfsd.errors import HfsdError
-from hfsd.recipe import Data
+from hfsd.blocks_cut import Data
 for asked in json.loads({asked!r}):
     try:
         print(json.dumps([[e.prompt, e.reference] for e in data.load(Data(**asked))]))

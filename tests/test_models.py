@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from hfsd import fetch, models
+from hfsd.blocks_cut import Model
 from hfsd.errors import BadRequest, HfsdError
-from hfsd.recipe import Model
 from tests import tiny
 
 

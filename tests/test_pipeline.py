@@ -12,8 +12,8 @@ import pytest
 
 from hfsd import pipeline
 from hfsd.errors import BadRequest, HfsdError, Refusal
+from hfsd.findings import Results
 from hfsd.plain import load
-from hfsd.records import Results
 from tests import tiny
 
 
@@ -44,7 +44,7 @@ def test_results_hold_every_variant_on_every_task(tiny_run: Path) -> None:
     for task in found.tasks:
         assert set(task.scores) == set(ids) and task.n == 4
     original, *others = found.variants
-    assert original.shift is None and all(v.shift and v.shift.kl > 0 for v in others)
+    assert original.shift is None and all(v.shift and v.shift.sampled.kl > 0 for v in others)
     assert original.params > others[0].params == others[1].params
     assert len(found.plan.removed) == 2 and len(found.training) == 2
 
@@ -68,7 +68,7 @@ def test_a_changed_field_is_refused_by_name_and_redone_on_request(copy: Path, mo
         pipeline.run(changed, out=copy)
     kept = {p: p.stat().st_mtime_ns for p in copy.glob("train/*/DONE.json")}
     pipeline.run(changed, out=copy, redo="compare")
-    assert load(Results, copy / "report" / "results.json").variants[1].shift.prompts == 1  # type: ignore[union-attr]
+    assert load(Results, copy / "report" / "results.json").variants[1].shift.sampled.prompts == 1  # type: ignore[union-attr]
     assert kept == {p: p.stat().st_mtime_ns for p in copy.glob("train/*/DONE.json")}
 
 

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hfsd import recipes
+from hfsd.blocks import NAME, slug
 from hfsd.errors import BadRequest
-from hfsd.recipe import NAME, slug
 
 MINIMAL = "name: x\nmodel: org/model\ndata: rows.jsonl\nprune: {blocks: 3}\n"
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,8 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hfsd import figures, markdown, plain, records, report, text
-from hfsd.records import BlockScores, PrunePlan, Results, Variant
+from hfsd import figures, markdown, page, plain, records, report, report_text, score_figures, text
+from hfsd.findings import Results
+from hfsd.records import BlockScores, PrunePlan, Variant
 from tests.made import (
     BREAKOUT,
     DISTILLED,
@@ -33,27 +36,19 @@ from tests.made import (
 
 
 def test_the_words_follow_the_intervals():
-    small, large = made(rows=rows(GOOD, 50)), made(rows=rows(GOOD, 20_000))
-    assert f"{DISTILLED.id} and {SFT.id} are not told apart at n = 50" in text.headline(small)
-    assert "better than sft" not in text.headline(small)
-    assert f"{DISTILLED.id} is better than {SFT.id} by 7.5 points (n = 20000)" in text.headline(large)
-    assert "worse than the original" in " ".join(text.losses(large, DISTILLED.id))
+    small, large = made(rows=rows(GOOD, 20)), made(rows=rows(GOOD, 2000))
+    assert f"{DISTILLED.id} - {SFT.id}: in the mean over 2 tasks +7.5 points" in text.headline(small)
+    assert "not told apart at this n" in text.headline(small)
+    assert "+7.5 points" in text.headline(large) and ", better" in text.headline(large)
+    assert "points" in report.markdown(large, [], []).split("### From the original")[1]
 
 
 def test_table_has_one_row_per_variant_with_intervals():
     table = report.table(made())
     assert [r[0] for r in table] == ["variant", "original", "pruned", SFT.id, DISTILLED.id]
     assert {len(r) for r in table} == {10}
-    assert table[1][1] == "70.0 [63.3, 75.9]"
-    assert table[4][3:] == [
-        "0.950 [0.930, 0.970]",
-        "60.0 [53.1, 66.5]",
-        "92.3",
-        "87.5",
-        "0.400 [0.204, 0.596]",
-        "700,000",
-        "12",
-    ]
+    assert table[1][1] == "70.0 [63.3, 75.9]" and table[4][3] == "0.950 [0.930, 0.970]"
+    assert table[4][7:] == ["0.400 [0.204, 0.596]", "700,000", "12"]
     notes = " ".join(text.notes(made()))
     assert "n = 200" in notes and "chance 25.0%" in notes and "not in the mean: lower is better" in notes
 
@@ -70,20 +65,53 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return report.write(made(), answers(), tmp_path_factory.mktemp("report"))
 
 
+PICTURES = [
+    *("recovery.png", "tasks.png", "block_scores.png", "candidates.png", "loss.png"),
+    *("kl_sampled.png", "kl_references.png", "similarity.png"),
+]
+
+
 def test_written_files(written: list[Path]):
     import matplotlib.image
 
     tmp_path = written[0].parent
     names = [p.name for p in written]
-    assert names == ["results.json", "recovery.png", "block_scores.png", "candidates.png", "loss.png", "report.md"]
+    assert names == ["results.json", *PICTURES, "report.md", "index.html"] == sorted_as(names, tmp_path)
     assert plain.load(Results, tmp_path / "results.json") == made()
     for picture in tmp_path.glob("*.png"):
         pixels = matplotlib.image.imread(picture)
         assert min(pixels.shape[:2]) > 200 and pixels[..., :3].std() > 0.01
+        assert (pixels[0, :, :3] == 1).all(), "white behind, to its edge"
     page = (tmp_path / "report.md").read_text(encoding="utf-8")
-    assert all(f"({n})" in page for n in names[1:5])
-    assert "8 of 9 held-out prompts" in page and "name: tiny" in page and "hfsd run recipe.yaml" in page
+    assert all(f"({n})" in page for n in PICTURES)
+    assert "9 of 9 held-out prompts" in page and "name: tiny" in page and "hfsd run recipe.yaml --out runs/tiny" in page
     assert page.index("Removing 2 of 6 blocks") < page.index("recovery.png") < page.index("| variant |")
+
+
+def sorted_as(names: list[str], folder: Path) -> list[str]:
+    """The files of the folder in the order of the names: the same where every file was told."""
+    return sorted((p.name for p in folder.iterdir()), key=names.index)
+
+
+def test_the_markdown_has_every_section_in_the_order_of_the_page():
+    page = report.markdown(made(), answers(n=25), PICTURES)
+    titles = [line[3:] for line in page.splitlines() if line.startswith("## ")]
+    assert titles == [
+        *("Scores", "Differences", "What was removed", "Data", "Training", "Shift from the original"),
+        *("Side by side", "Draft use", "Cost", "Provenance"),
+    ]
+    assert "20 of 25 held-out prompts" in page and "### q19" in page and "### q20" not in page
+    for said in ("mean of ratios", "g=8", "McNemar", "KV cache per token", "similarity (ROUGE-1)", "lora_targets"):
+        assert said in page, said
+
+
+def test_what_was_not_measured_has_no_section():
+    scores = rows({"tiny_match": (0.30, 0.30, 0.25, 0.25)})  # near chance: nothing counts
+    bare = made(rows=scores, scan=None, shifts=[], training=[], train_sets={}, drafts=[], costs=[], stage_seconds={})
+    page = report.markdown(bare, [], [])
+    titles = [line for line in page.splitlines() if line.startswith("## ")]
+    assert titles == ["## Scores", "## Differences", "## What was removed", "## Provenance"]
+    assert "| all: ratio of means | n/a | n/a | n/a |" in page and not re.search(r"\b(None|nan|inf)\b", page)
 
 
 def test_same_records_same_bytes(written: list[Path], tmp_path: Path):
@@ -106,9 +134,9 @@ def test_steps_of_the_cost_table_stand_in_run_order():
 
 
 def test_a_cut_given_by_hand_has_no_scan(tmp_path: Path):
-    results = made(scan=None, plan=PrunePlan(6, (0, 2, 5), ""))
+    results = made(scan=None, plan=PrunePlan(6, (0, 2, 5), ""), shifts=[])
     names = [p.name for p in report.write(results, [], tmp_path)]
-    assert names == ["results.json", "recovery.png", "loss.png", "report.md"]
+    assert names == ["results.json", "recovery.png", "tasks.png", "loss.png", "report.md", "index.html"]
     page = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert "given by hand" in page and "block_scores" not in page
 
@@ -128,8 +156,44 @@ def test_the_chosen_scores_are_those_that_proposed_the_cut():
 
 
 def test_every_arm_has_its_colour():
-    assert list(report.COLOURS) == list(records.ARMS)
-    assert len(set(report.COLOURS.values())) == len(records.ARMS)
+    for colours in (figures.COLOURS, page.DARK):
+        assert list(colours) == list(records.ARMS) and len(set(colours.values())) == len(records.ARMS)
+
+
+def test_commands_are_those_of_the_command_line():
+    from typer.main import get_command
+
+    from hfsd.cli import app
+
+    apart = made(name="a b", plan=PrunePlan(9, (0, 2, 3, 4, 8), ""), original=replace(made().original, repo="x y/z"))
+    told = {command.split()[1]: command for _, command in report_text.commands(apart)}
+    assert list(told) == ["plan", "run", "prune", "report", "space"]
+    assert told["prune"] == f"hfsd prune 'x y/z' --keep 0,2:5,8 --out cut --set model.revision={'a' * 40}"
+    for command in told.values():
+        _, name, *arguments = shlex.split(command)
+        parsed = get_command(app).commands[name].make_context(name, arguments)  # raises on what it does not know
+        assert "x y/z" in parsed.params.values() or "runs/a b" in map(str, parsed.params.values()) or name == "plan"
+    assert "prune" not in [c.split()[1] for _, c in report_text.commands(made(plan=PrunePlan(2, (0, 1), "")))]
+
+
+def test_names_in_pictures_say_only_what_tells_variants_apart():
+    one = [ORIGINAL, PRUNED, SFT, DISTILLED]
+    assert list(score_figures.short_names(one).values()) == ["original", "pruned", "sft", "self-distilled"]
+    seeds = [ORIGINAL, *(Variant("sft", "d", seed) for seed in (0, 1))]
+    assert list(score_figures.short_names(seeds).values()) == ["original", "sft-s0", "sft-s1"]
+    sets = [ORIGINAL, Variant("sft", "a", 0), Variant("sft", "b", 0), Variant("merged")]
+    assert list(score_figures.short_names(sets).values()) == ["original", "sft-a", "sft-b", "merged"]
+    odd = [Variant("sft"), Variant("sft", "a")]
+    assert list(score_figures.short_names(odd).values()) == ["sft", "sft-a"]
+
+
+def test_a_group_of_many_tasks_is_drawn_in_part_and_told_whole():
+    names = [f"mmlu_{i:02}" for i in range(20)]
+    results = made(rows=rows(dict.fromkeys(names, (0.70, 0.40, 0.55, 0.65)), 20), documents={})
+    titles = [axes.get_title(loc="left") or axes.get_title() for axes in score_figures.tasks(results).axes]
+    assert len(titles) == 17 and titles[0] == "mean of 20 tasks, n = 20" and titles[16].startswith("mmlu_15, n = 20")
+    page = report.markdown(results, [], PICTURES)
+    assert "the first 16 of 20 tasks; the table has all" in page and "mmlu_19 %" in page.replace("\\", "")
 
 
 def test_answers_cannot_leave_their_fence():
@@ -185,8 +249,8 @@ def test_local_paths_keep_their_last_name_only(given_, kept):
 
 def test_the_import_is_light():
     code = (
-        "import sys, hfsd.report, hfsd.cards, hfsd.assets\n"
-        "heavy = {'torch', 'transformers', 'matplotlib', 'gradio', 'datasets', 'huggingface_hub', 'numpy'}\n"
+        "import sys, hfsd.report, hfsd.page, hfsd.cards, hfsd.assets\n"
+        "heavy = {'torch', 'transformers', 'matplotlib', 'gradio', 'datasets', 'huggingface_hub', 'jinja2'}\n"
         "sys.exit(', '.join(sorted(heavy & set(sys.modules))) or 0)"
     )
     done = subprocess.run(

@@ -15,10 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hfsd import chat, checks, drafts, figures, rewrite, shapes
+from hfsd.blocks_recovery import Rewrite as RewriteRecipe
 from hfsd.engines import Answered, Completion, Engine, Request, Sampling
 from hfsd.errors import BadRequest, HfsdError
 from hfsd.plain import load
-from hfsd.recipe import Rewrite as RewriteRecipe
 from hfsd.records import Example, Rewrite, TrainSet
 
 ROWS = [shapes.example(f"What is {i} + 1?", f"{i} + 1 = {i + 1}.\n#### {i + 1}") for i in range(10)]

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from hfsd import calibration, chat, data, models, scan, surgery
+from hfsd.blocks_cut import Data
+from hfsd.blocks_cut import Scan as ScanRecipe
 from hfsd.errors import BadRequest, HfsdError, Refusal
 from hfsd.plain import load
-from hfsd.recipe import Data
-from hfsd.recipe import Scan as ScanRecipe
 from hfsd.records import BlockScores, ModelRef, Scan
 from tests import tiny
 

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from hfsd import checks, rewrite, shapes
+from hfsd.blocks_recovery import Rewrite as RewriteRecipe
 from hfsd.errors import BadRequest
-from hfsd.recipe import Rewrite as RewriteRecipe
 from hfsd.records import Example, Rewrite
 from tests.test_rewrite import Fake
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from hfsd import models, train
+from hfsd.blocks_recovery import Train
 from hfsd.errors import BadRequest, HfsdError, Refusal
-from hfsd.recipe import Train
 from hfsd.records import CONFIGS, PrunePlan, Variant
 from tests import tiny
 

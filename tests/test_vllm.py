@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from hfsd import data, drafts, engines, fetch, models, recipes
+from hfsd.blocks import Endpoint
 from hfsd.endpoint import Remote
 from hfsd.engines import Request, Sampling
 from hfsd.errors import Refusal
-from hfsd.recipe import Endpoint
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1800)]
 NAME, ROWS = "smollm2-135m-instruct", 32
@@ -24,7 +24,7 @@ IN_PROCESS = """
 import json, sys
 from pathlib import Path
 from hfsd.engines import Request, Sampling
-from hfsd.recipe import Model
+from hfsd.blocks_cut import Model
 from hfsd.vllm_engine import InProcess
 if __name__ == "__main__":
     folder, asked = sys.argv[1], json.loads(Path(sys.argv[2]).read_text())

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from hfsd import chat, data, drafts, models, recipes
+from hfsd import chat, data, drafts, likeness, models, recipes
+from hfsd.blocks_recovery import Rewrite
 from hfsd.engines import Answered, Request, Sampling, Transformers
-from hfsd.recipe import Rewrite
 from tests.bench.conftest import Table, in_turn
 
 pytestmark = pytest.mark.bench
@@ -44,7 +44,7 @@ def test_rewriting_costs_little_more_than_generating(demo_folder: Path, tmp_path
         generated["bare"] = sum(c.n_tokens for c in made)
 
     def rewritten(name: str, by: Transformers) -> None:
-        made = drafts.Drafts(lambda: by, asked, "key", tmp_path / f"{next(times)}.jsonl", drafts.overlaps)
+        made = drafts.Drafts(lambda: by, asked, "key", tmp_path / f"{next(times)}.jsonl", likeness.overlaps)
         made.make(rows, [])
         generated[name] = sum(draft.n_tokens for judged in made.judged.values() for draft, _ in judged)
         answers = [(row, text) for row in rows for text in (made.judged[row.id][0][0].text, row.reference)]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from hfsd import calibration, data, models, recipes, scan
-from hfsd.recipe import Scan
+from hfsd.blocks_cut import Scan
 from hfsd.records import ModelRef
 from hfsd.verify import Verifier
 from tests.bench.conftest import Table

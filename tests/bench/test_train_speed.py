@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from hfsd import chat, data, models, prune, recipes, schedule, surgery, train
-from hfsd.recipe import Prune, Train
+from hfsd.blocks_cut import Prune
+from hfsd.blocks_recovery import Train
 from hfsd.records import CONFIGS, ModelRef, Variant
 from tests.bench.conftest import Table, peak
 
@@ -51,7 +52,7 @@ def prepare():
     import torch, datasets, peft, trl, transformers
 def work():
     from hfsd import progress, train
-    from hfsd.recipe import Train
+    from hfsd.blocks_recovery import Train
     from hfsd.records import CONFIGS, PrunePlan, Variant
     progress.quiet()
     base, folder, out = sys.argv[1:4]
