@@ -81,17 +81,21 @@ def plan(
     probe: Annotated[
         bool, typer.Option("--probe/--no-probe", help="Measure this device for about 30 seconds, for the times.")
     ] = True,
+    out: Out = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Say what a recipe needs before it runs: parameters, FLOPs, memory, disk and time. Reads configs, no weights."""
+    """Say what a recipe needs before it runs: parameters, FLOPs, memory, disk and time.
+
+    Reads configs, and no weights; a GGUF file, or one in a package, is fetched and dequantised once for its config.
+    """
     with spoken(debug, as_json) as say:
         from hfsd import plan as planning
         from hfsd import recipes
         from hfsd.progress import quiet
 
         quiet()
-        made = planning.make(recipes.load(recipe, sets)[0], tokens_per_second, probe)
+        made = planning.make(recipes.load(recipe, sets)[0], tokens_per_second, probe, out)
         print(planning.text(made))
         say(plan=made)
 

@@ -117,7 +117,8 @@ def weigh(checkpoints: Checkpoints, out: Path) -> list[Cost]:
     costs = []
     for name in SHAPES:
         folder = checkpoints.folders[name]
-        shape = cost.of_folder(folder, checkpoints.trust_remote_code)
+        dtype = models.loaded_dtype(checkpoints.dtype)
+        shape = cost.of_folder(folder, checkpoints.trust_remote_code, dtype)
         how = checkpoints.dtype, checkpoints.trust_remote_code, checkpoints.device_map, torch.get_num_threads()
         alone = Alone(str(folder.resolve()), *how)
         peak, said = _once(out / "work" / f"peak-{name}.json", partial(speed.peak_alone, alone))
@@ -133,6 +134,9 @@ def weigh(checkpoints: Checkpoints, out: Path) -> list[Cost]:
                 decode=found.decode if found else None,
                 peak_bytes=peak,
                 measured=f"{held['said']}; {said}",
+                state_bytes=shape.state_bytes,
+                dtype=dtype,
+                note=shape.kv_note,
             )
         )
     write_atomic(out / "cost.json", dumps(costs))
@@ -226,6 +230,8 @@ class _Stage:
             tokens_per_pass={g: speculation.tokens_per_pass(acceptance, g) for g in speculation.GAMMAS},
             speedup=from_json(Speedup, speedup).value,
             measured=speedup["said"] + (f"; acceptance at temperature {temperature:g}" if temperature != 1 else ""),
+            prompts=len(sampled),
+            n_tokens=sum(sizes),
         )
 
     def speeds(self) -> None:

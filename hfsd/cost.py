@@ -58,16 +58,22 @@ class Shape:
         )
 
 
-def of_folder(folder: Path, trust_remote_code: bool = False) -> Shape:
+def of_folder(folder: Path, trust_remote_code: bool = False, dtype: str | None = None) -> Shape:
     """The cost of the model in a folder; where its weights are there, too, `checkpoint_bytes` are those of the files.
+
+    Args:
+        dtype: in which the model is loaded, and so its cache is, such as `float32`; None: the config's own.
 
     Raises:
         BadRequest: transformers does not know the config.
     """
-    found = of_config(models.load_config(folder, trust_remote_code), trust_remote_code=trust_remote_code)
-    if not any(folder.glob("*.safetensors")):
-        return found
-    return replace(found, checkpoint_bytes=sum(t.bytes for t in shards.read(folder)))
+    config = models.load_config(folder, trust_remote_code)
+    found, _ = by_block(config, trust_remote_code, dtype)
+    if any(folder.glob("*.safetensors")):
+        stored = sum(t.bytes for t in shards.read(folder))
+    else:
+        stored = of_config(config, trust_remote_code=trust_remote_code).checkpoint_bytes
+    return replace(found, checkpoint_bytes=stored)
 
 
 def of_config(config: PreTrainedConfig, kept: Sequence[int] | None = None, trust_remote_code: bool = False) -> Shape:
@@ -79,23 +85,25 @@ def of_config(config: PreTrainedConfig, kept: Sequence[int] | None = None, trust
     return by_block(cut(config, kept), trust_remote_code)[0]
 
 
-def by_block(config: PreTrainedConfig, trust_remote_code: bool = False) -> tuple[Shape, list[Shape]]:
-    """The cost of a config's model, and that of each of its blocks.
+def by_block(
+    config: PreTrainedConfig, trust_remote_code: bool = False, dtype: str | None = None
+) -> tuple[Shape, list[Shape]]:
+    """The cost of a config's model, and that of each of its blocks, in a type, or in the config's own.
 
     A cut model costs as much as the whole one less the removed blocks, since blocks keep what they are when they are
     renumbered (`surgery` refuses the cuts for which that is not so).
     """
-    model = empty(config, trust_remote_code)
+    model = empty(config, trust_remote_code, dtype)
     name, blocks = models.decoder_blocks(model)
     described = model.config.to_dict()
     whole, per_block = _cache(model, len(blocks))
-    dtype = str(model.dtype).removeprefix("torch.")
+    held_in = str(model.dtype).removeprefix("torch.")
     shapes = [
-        _shape(block, 2 * matmul_weights(_shapes(block), described), held, dtype)
+        _shape(block, 2 * matmul_weights(_shapes(block), described), held, held_in)
         for block, held in zip(blocks, per_block, strict=True)
     ]
     stack = _shapes(model.get_submodule(name))
-    return _shape(model, 2 * (matmul_weights(stack, described) + head_weights(described)), whole, dtype), shapes
+    return _shape(model, 2 * (matmul_weights(stack, described) + head_weights(described)), whole, held_in), shapes
 
 
 def cut(config: PreTrainedConfig, kept: Sequence[int] | None) -> PreTrainedConfig:
@@ -108,11 +116,11 @@ def cut(config: PreTrainedConfig, kept: Sequence[int] | None) -> PreTrainedConfi
     return type(config).from_dict(surgery.cut_config(described, kept, n_layers))
 
 
-def empty(config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
+def empty(config: PreTrainedConfig, trust_remote_code: bool = False, dtype: str | None = None) -> PreTrainedModel:
     """The model of a config on the meta device. Experts are computed by shape: which ones a token takes is unknown."""
     config = copy.deepcopy(config)
     config._experts_implementation = "batched_mm"
-    return models.empty(config, trust_remote_code)
+    return models.empty(config, trust_remote_code, dtype=dtype)
 
 
 def matmul_weights(shapes: Iterable[tuple[str, Sequence[int]]], config: dict[str, Any]) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 from hfsd.figures import COLOURS, MUTED, blank, save
 from hfsd.findings import Estimate
 from hfsd.markdown import escape, table
-from hfsd.records import ARMS, SCHEMA, Variant
-from hfsd.units import NA, estimate_text
+from hfsd.records import SCHEMA, Variant
+from hfsd.stats import by_arm
+from hfsd.units import NA, aligned, estimate_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,8 +40,8 @@ class Point:
     """One run of a sweep.
 
     `value` is spelled as it was asked for, `folder` lies below the sweep's; `rows` were trained on, of all data sets
-    together; `removed` of `n_layers` blocks are gone; `asked` says over what the marks are means; `note` what a reader
-    must know of this point alone.
+    together; `removed` of `n_layers` blocks are gone; `asked` says over what the marks are means, `setups` how each
+    task was asked; `note` what a reader must know of this point alone.
     """
 
     value: str
@@ -51,6 +52,7 @@ class Point:
     asked: str
     marks: list[Mark]
     note: str = ""
+    setups: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -65,12 +67,22 @@ class Curve:
     def variants(self) -> list[Variant]:
         """All variants of the points, in the one order."""
         found = dict.fromkeys(mark.variant for point in self.points for mark in point.marks)
-        return sorted(found, key=lambda v: ARMS.index(v.arm))
+        return sorted(found, key=by_arm)
 
     @property
     def asked(self) -> str:
         """Over what the means of all points are."""
         return "; ".join(dict.fromkeys(point.asked for point in self.points))
+
+    @property
+    def setups(self) -> list[str]:
+        """How the tasks were asked; what is not so at all points begins with the values where it is."""
+        places: dict[str, list[str]] = {}
+        for point in self.points:
+            for line in point.setups:
+                places.setdefault(line, []).append(point.value)
+        everywhere = len(self.points)
+        return [line if len(at) == everywhere else f"{', '.join(at)}: {line}" for line, at in places.items()]
 
 
 @dataclass(frozen=True)
@@ -199,6 +211,7 @@ def markdown(result: SweepResult) -> str:
             f"![Recovery of every variant over {escape(curve.field)}]({curve.picture})",
             table(wide(curve)),
             f"{escape(_told(curve))} Every other field is the recipe's.",
+            "\n".join(f"- {escape(line)}" for line in curve.setups),
             "\n".join(f"- {escape(p.value)}: {escape(p.note)}" for p in curve.points if p.note),
             "\n".join(f"- {escape(p.value)}: run in `{p.folder}`" for p in curve.points),
         ]
@@ -226,9 +239,8 @@ def text(result: SweepResult) -> str:
         for point in curve.points:
             shown = [[v.id, *numbers(point, v)] for v in curve.variants]
             rows += [[point.value if not at else "", *cells] for at, cells in enumerate(shown)]
-        widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-        lines += ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-        lines += [_told(curve), *(f"{curve.field}={p.value}: {p.note}" for p in curve.points if p.note)]
+        lines += [*aligned(rows), _told(curve), *(f"- {line}" for line in curve.setups)]
+        lines += [f"{curve.field}={p.value}: {p.note}" for p in curve.points if p.note]
         lines += [f"picture: {Path(result.folder) / curve.picture}", ""]
     return "\n".join([*lines, f"tables: {Path(result.folder) / 'sweep.md'}"])
 

@@ -1,7 +1,7 @@
 """What a run writes to disk, step by step, from headers or a config; and the refusal of a run that would not fit.
 
-Whole checkpoints count: what is small beside them (scores, rewrites, pictures) does not. Nothing is guessed: a size
-that is not known is None, and never a reason to refuse.
+Whole checkpoints count, the original among them where it is still to be fetched: what is small beside them (scores,
+rewrites, pictures) does not. Nothing is guessed: a size that is not known is None, and never a reason to refuse.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hfsd import cost, fetch, models, shards, surgery
+from hfsd import cost, fetch, models, settings, shards, surgery
 from hfsd.errors import HfsdError
 from hfsd.recipe import Recipe
-from hfsd.text import size
+from hfsd.units import plural, size
 
 FLOAT = 4  # bytes of a float32
 BLOCK = re.compile(r"\.(\d+)\.")
@@ -23,14 +23,17 @@ BLOCK = re.compile(r"\.(\d+)\.")
 
 @dataclass(frozen=True)
 class Sizes:
-    """A checkpoint in bytes and in parameters, and each of its blocks. `fetched` is False where it is not here yet."""
+    """A checkpoint in bytes and in parameters, and each of its blocks.
+
+    `absent` are the bytes that are still to be fetched into `folder`'s file system.
+    """
 
     bytes: int
     params: int
     block_bytes: tuple[int, ...]
     block_params: tuple[int, ...]
-    fetched: bool
-    folder: Path | None = None
+    folder: Path
+    absent: int = 0
 
     def kept(self, recipe: Recipe, least: bool) -> Sizes:
         """The cut checkpoint; where a scan chooses among unlike blocks, the least or the most that it can be."""
@@ -75,7 +78,9 @@ def sizes(recipe: Recipe) -> Sizes | None:
     config = models.load_config(folder, recipe.model.trust_remote_code)
     whole, blocks = cost.by_block(config, recipe.model.trust_remote_code)
     per_block = tuple(b.checkpoint_bytes for b in blocks), tuple(b.params for b in blocks)
-    return Sizes(whole.checkpoint_bytes, whole.params, *per_block, fetched=False)
+    here = sum(p.stat().st_size for p in folder.glob("*.safetensors"))
+    absent = max(0, whole.checkpoint_bytes - here)
+    return Sizes(whole.checkpoint_bytes, whole.params, *per_block, folder, absent)
 
 
 def needs(
@@ -92,6 +97,13 @@ def needs(
     return [_need(recipe, name, original, cut, root, adapter, least) for name in steps]
 
 
+def fetching(original: Sizes | None) -> list[Need]:
+    """What the fetch of the original needs, where the cache is; empty where nothing is to be fetched, or not known."""
+    if original is None or not original.absent:
+        return []
+    return [Need("(fetch)", original.absent, 0, "the original, which is not here yet")]
+
+
 def most(found: Sequence[Need]) -> int:
     """The most that is needed at a time, of what is known."""
     held, peak = 0, 0
@@ -102,26 +114,42 @@ def most(found: Sequence[Need]) -> int:
 
 
 def check(recipe: Recipe, root: Path, todo: Sequence[tuple[str, Path]]) -> None:
-    """Refuses a run whose remaining steps need more than the run directory's file system has free.
+    """Refuses a run whose remaining steps need more than a file system has free: the run directory's, or the cache's.
 
     Args:
-        todo: name and folder of each step that is still to be done; what a folder holds already is not needed again.
+        todo: name and folder of each step that is still to be done. What a folder holds already is not asked for again:
+            it is a part of what the step leaves, or is let go when the step ends.
 
     Raises:
         HfsdError: what is needed, what is free, where, and what to do.
     """
-    if not any(name.partition("/")[0] in ("prune", "train", "merge", "publish") for name, _ in todo):
+    if not todo:
         return
-    found = needs(recipe, sizes(recipe), [name for name, _ in todo], root, adapter=None, least=True)
-    here = [_held(folder) for _, folder in todo]
-    left = [replace(n, stays=max(0, (n.stays or 0) - held)) for n, held in zip(found, here, strict=True)]
-    needed, place = most(left), standing(root)
-    if needed > free(place):
-        parts = ", ".join(f"{n.step} {size(n.stays or 0)}" for n in left if n.stays)
-        raise HfsdError(
-            f"{place} has {size(free(place))} free, and this run needs at least {size(needed)} there ({parts}); free "
-            "some space, give --out on another disk, or train fewer arms or seeds"
-        )
+    original, run = sizes(recipe), standing(root)
+    found = needs(recipe, original, [name for name, _ in todo], root, adapter=None, least=True)
+    left = [replace(n, stays=(n.stays or 0) - _held(folder)) for n, (_, folder) in zip(found, todo, strict=True)]
+    cached = fetching(original)
+    if original is not None and same_disk(original.folder, root):
+        _refuse(run, [*cached, *left])
+    else:
+        _refuse(run, left)
+        if original is not None and cached:
+            _refuse(original.folder, cached)
+
+
+def _refuse(place: Path, found: Sequence[Need]) -> None:
+    """Raises HfsdError where a file system has no room."""
+    needed, left = most(found), free(place)
+    if needed <= left:
+        return
+    parts = ", ".join(f"{n.step} {size(n.stays)}" for n in found if n.stays and n.stays > 0)
+    hints = ["give --out on another disk"] if any(n.step != "(fetch)" for n in found) else []
+    hints += ["train fewer arms or seeds"] if any(n.step.startswith("train/") for n in found) else []
+    hints += ["keep the Hub's cache on another disk (HF_HOME)"] if any(n.step == "(fetch)" for n in found) else []
+    raise HfsdError(
+        f"{place} has {size(left)} free, and this run needs at least {size(needed)} there ({parts}); free some space, "
+        f"or: {'; '.join(hints)}"
+    )
 
 
 def free(place: Path) -> int:
@@ -134,6 +162,11 @@ def standing(path: Path) -> Path:
     return next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
 
 
+def same_disk(one: Path, other: Path) -> bool:
+    """Whether two paths lie in one file system; the second need not be there yet."""
+    return one.exists() and one.resolve().stat().st_dev == standing(other).stat().st_dev
+
+
 def _need(
     recipe: Recipe, name: str, original: Sizes | None, cut: Sizes | None, root: Path, adapter: int | None, least: bool
 ) -> Need:
@@ -144,13 +177,13 @@ def _need(
         return Need(name, None, None, "not known: no weights are here, and the config says they are quantised")
     if kind == "prune":
         given = Path(recipe.prune.from_) if recipe.prune.from_ else None
-        linked = given is not None and _same_disk(given, root)
+        linked = given is not None and same_disk(given, root)
         return Need(name, 0 if linked else cut.bytes, 0, "hard links" if linked else "the cut checkpoint")
     if kind == "train":
         return _training(recipe, name, variant, cut, adapter, least)
     if kind == "merge":
         return Need(name, cut.bytes, 0, "the merged checkpoint")
-    if original.folder is None or _same_disk(original.folder, root):
+    if same_disk(original.folder, root):
         return Need(name, 0, 0, "hard links")
     return Need(name, original.bytes, 0, "a copy of the original, which lies on another disk")
 
@@ -167,17 +200,18 @@ def _training(recipe: Recipe, name: str, variant: str, cut: Sizes, adapter: int 
         return Need(name, stays, None if not least else 0, what)
     # a checkpoint holds what is trained and its two moments; the one that is being written is one more than are kept
     kept = 1 if least else _checkpoints(recipe)
-    return Need(name, stays, kept * 3 * trained + trained, f"{what}; on the way {kept} checkpoints of the training")
+    what += f"; on the way {plural(kept, 'checkpoint')} of the training"
+    return Need(name, stays, kept * 3 * trained + trained, what)
 
 
 def _checkpoints(recipe: Recipe) -> int:
-    asked = recipe.train.sft
+    asked = {**settings.SFT, **recipe.train.sft}
     rows = max(d.rows for d in recipe.data)
-    per_step = int(asked.get("per_device_train_batch_size", 8)) * int(asked.get("gradient_accumulation_steps", 1))
-    steps = int(asked.get("max_steps", -1))
+    per_step = int(asked["per_device_train_batch_size"]) * int(asked["gradient_accumulation_steps"])
+    steps = int(asked["max_steps"])
     if steps <= 0:
-        steps = -(-round(float(asked.get("num_train_epochs", 1)) * rows) // per_step)
-    return min(int(asked.get("save_total_limit", 2)) + 1, -(-steps // int(asked.get("save_steps", 25))))
+        steps = -(-round(float(asked["num_train_epochs"]) * rows) // per_step)
+    return min(int(asked["save_total_limit"]) + 1, -(-steps // int(asked["save_steps"])))
 
 
 def _of_headers(folder: Path, n_layers: int) -> Sizes:
@@ -190,13 +224,10 @@ def _of_headers(folder: Path, n_layers: int) -> Sizes:
             held[int(found[1])] += tensor.bytes
             params[int(found[1])] += tensor.numel
     whole = sum(t.bytes for t in tensors), sum(t.numel for t in tensors)
-    return Sizes(*whole, tuple(held), tuple(params), fetched=True, folder=folder)
+    return Sizes(*whole, tuple(held), tuple(params), folder)
 
 
 def _held(folder: Path) -> int:
-    """Bytes of a step's folder so far: a step that was killed goes on with them."""
-    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) if folder.is_dir() else 0
-
-
-def _same_disk(one: Path, other: Path) -> bool:
-    return one.exists() and one.resolve().stat().st_dev == standing(other).stat().st_dev
+    """Bytes of a step's folder so far that are there for it alone: a hard link is another folder's, too."""
+    stats = [p.stat() for p in folder.rglob("*") if p.is_file()] if folder.is_dir() else []
+    return sum(s.st_size for s in stats if s.st_nlink == 1)

@@ -94,14 +94,14 @@ def mean(values: Sequence[float], sizes: Sequence[int]) -> float:
     return sum(v * n for v, n in zip(values, sizes, strict=True)) / sum(sizes)
 
 
-def stderr(values: Sequence[float], sizes: Sequence[int]) -> float:
+def stderr(values: Sequence[float], sizes: Sequence[int]) -> float | None:
     """Standard error of `mean`, texts being drawn at random: that of a ratio of two means (Cochran 1977, section 2.11).
 
-    Tokens of one text depend on one another, so the spread is taken over texts. Of one text there is none: nought.
+    Tokens of one text depend on one another, so the spread is taken over texts. Of one text none is known: None.
     """
     count, centre = len(values), mean(values, sizes)
     if count == 1:
-        return 0.0
+        return None
     squares = sum((n * (v - centre)) ** 2 for v, n in zip(values, sizes, strict=True))
     return math.sqrt(squares * count / (count - 1)) / sum(sizes)
 

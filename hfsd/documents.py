@@ -59,6 +59,36 @@ class Answered:
         return ids == [d[1] for d in other.documents] and not all(i.isdecimal() for i in ids)
 
 
+def line(variant: str, task: str, sample: Mapping[str, Any]) -> dict[str, Any]:
+    """What TASK.docs.jsonl keeps of one of lm-eval's samples.
+
+    Raises:
+        HfsdError: a number of it is not finite; it would come out the same again.
+    """
+    name, responses = str(sample["doc"].get("id", sample["doc_id"])), sample["filtered_resps"]
+    metrics = {metric: sample[metric] for metric in sample["metrics"]}
+    for what, value in [*metrics.items(), *(("a response", response) for response in responses)]:
+        for number in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(number, float) and not math.isfinite(number):
+                raise HfsdError(
+                    f"{task} on {variant}: {what} of document {name} is {number}, which is no score; try another "
+                    "model.dtype (float32 holds the largest numbers), or leave the task out"
+                )
+    return {
+        "task": task,
+        "id": name,
+        "hash": sample["doc_hash"],
+        "filter": sample["filter"],
+        "metrics": metrics,
+        "responses": [response[0] if _is_likelihood(response) else response for response in responses],
+    }
+
+
+def _is_likelihood(response: Any) -> bool:
+    """A log-likelihood comes with whether the text is what the model would write; several texts are a list too."""
+    return isinstance(response, list | tuple) and len(response) == 2 and isinstance(response[1], bool)
+
+
 def read(root: Path, rows: Sequence[EvalRow]) -> dict[Key, Answered]:
     """The documents behind the scores, from ROOT/evaluate/VARIANT/DOC_FILE.
 

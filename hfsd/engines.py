@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from hfsd import chat
+from hfsd import chat, models
 from hfsd.errors import HfsdError
 from hfsd.records import Message
 
@@ -86,7 +86,8 @@ class Transformers(Engine):
     """`model.generate` on padded batches that fit a budget of tokens; the same batch and seed give the same text.
 
     Out of memory, it halves the batch and goes on, and stays with the smaller one. An answer ends where the model's
-    positions end.
+    positions end. Tokens are drawn from the model's own distribution by `Sampling` alone: of what the checkpoint's
+    generation config says (a repetition penalty, say) only the special tokens count.
 
     Args:
         batch_tokens: tokens computed at once: rows times (longest prompt + new tokens).
@@ -169,7 +170,7 @@ class Transformers(Engine):
         options: dict[str, Any] = {"do_sample": False}
         if sampling.temperature > 0:
             options = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
-        with torch.inference_mode():
+        with torch.inference_mode(), models.own_distribution(self.model):
             out = self.model.generate(
                 **batch, max_new_tokens=room, pad_token_id=self.tokenizer.pad_token_id, **options
             )  # [B, P + N]

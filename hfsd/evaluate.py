@@ -17,7 +17,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hfsd import processes, stats
+import numpy
+
+from hfsd import documents, processes, stats
 from hfsd.errors import BadRequest, HfsdError
 from hfsd.findings import EvalRow, Setup
 from hfsd.harness import Tasks, Unit, quiet, seed_all
@@ -29,6 +31,10 @@ from hfsd.taskfiles import Local
 
 PARTS = ("results", "configs", "versions", "n-shot", "n-samples", "higher_is_better")  # of lm-eval's result
 GUESSABLE = ("acc", "acc_norm", "acc_bytes")  # metrics for which one of the choices is picked
+# How many tokens of a text to score lm-eval's classes keep, over `max_length`; ours only predicts the last one.
+BEYOND = {"transformers": 1, "vllm": -1, "endpoint": 0}
+NEW_TOKENS = 256  # lm-eval's own number, where a task that generates names none
+ADDED = 8  # tokens that a tokenizer may put around a text, whose others have a byte at least
 
 
 def run(
@@ -54,7 +60,7 @@ def run(
     Returns:
         The rows in the recipe's order of tasks, and in each task in lm-eval's order of metrics; no rows on other
         processes than the first. A group that defines an aggregate (such as mmlu) gives the row of the aggregate;
-        other groups, and tags, give the rows of their tasks.
+        other groups, and tags, give the rows of their tasks, as does a group whose tasks differ in shots or metrics.
 
     Raises:
         BadRequest: a task cannot be asked (`harness.Tasks.load`), or there is no chat template where one is asked for.
@@ -121,9 +127,11 @@ def _run_unit(
         return []
     top = loaded.groups.get(unit.names[0])
     if top is not None and top.has_aggregation:
-        rows = _aggregate(top, out)
-        _say(rows, say)
-        return rows
+        if rows := _aggregate(top, out):
+            _say(rows, say)
+            return rows
+        if say:
+            print(f"{variant.id}: {top.name}: its tasks differ in metrics or shots, so each counts alone", flush=True)
     return [row for name in loaded.tasks for row in _read(out, name)]
 
 
@@ -156,13 +164,16 @@ def _finish(
         if not samples:
             raise HfsdError(f"{name}: no documents were evaluated")
         own = local.get(name, Local(""))
-        asked = dataclasses.replace(setup, data=own.text, comparable=own.comparable)
+        requests = {s["doc_id"]: s["arguments"] for s in samples}
+        cut = sum(any(_cut(lm, one, setup.engine) for one in ones) for ones in requests.values())
+        asked = dataclasses.replace(setup, data=own.text, comparable=own.comparable, truncated=cut)
         raw = {part: result[part][name] for part in PARTS}
         raw["configs"] = _portable(raw["configs"])
         raw["task_hash"] = hash_string("".join(s["doc_hash"] + s["prompt_hash"] + s["target_hash"] for s in samples))
         raw |= {"setup": to_json(asked), "data": own.files}
+        lines = [documents.line(variant.id, name, sample) for sample in samples]
         rows = _rows(name, raw, samples, variant, asked)
-        _write(out, name, [_document(name, sample) for sample in samples], rows, raw)
+        _write(out, name, lines, rows, raw)
         _say(rows, say)
 
 
@@ -197,7 +208,10 @@ def _rows(
         values = [s[metric] for s in samples if s["filter"] == filter_name and metric in s]
         stderr = raw["results"].get(f"{metric}_stderr,{filter_name}")
         if not isinstance(stderr, int | float):
-            stderr = _ratio_stderr([(a / math.log(2), b) for a, b in values]) if metric == "bits_per_byte" else None
+            pairs = [(a / math.log(2), b) for a, b in values] if metric == "bits_per_byte" else []
+            stderr = stats.ratio_stderr(pairs)
+        if not math.isfinite(value):
+            raise HfsdError(f"{name} on {variant.id}: {key} over all documents is {value}, which is no score")
         row = EvalRow(
             variant=variant,
             task=name,
@@ -232,44 +246,48 @@ def _chance(config: Mapping[str, Any], metric: str, samples: Sequence[Mapping[st
     return math.fsum(shares) / len(shares)
 
 
-def _ratio_stderr(pairs: Sequence[tuple[float, float]]) -> float | None:
-    """Standard error of sum(a) / sum(b) over documents (Cochran, Sampling Techniques, 3rd ed., section 6.3)."""
-    n, total = len(pairs), math.fsum(b for _, b in pairs)
-    if n < 2:
-        return None
-    ratio = math.fsum(a for a, _ in pairs) / total
-    return math.sqrt(n / (n - 1) * math.fsum((a - ratio * b) ** 2 for a, b in pairs)) / total
+def _cut(lm: Any, request: Sequence[Any], engine: str) -> bool:
+    """Whether lm-eval leaves out the beginning of a request's text, since the model reads no more."""
+    from lm_eval.models.utils import normalize_gen_kwargs
 
-
-def _document(task: str, sample: Mapping[str, Any]) -> dict[str, Any]:
-    responses = [r[0] if isinstance(r, list | tuple) else r for r in sample["filtered_resps"]]
-    return {
-        "task": task,
-        "id": str(sample["doc"].get("id", sample["doc_id"])),
-        "hash": sample["doc_hash"],
-        "filter": sample["filter"],
-        "metrics": {name: sample[name] for name in sample["metrics"]},
-        "responses": responses,
-    }
+    text, *rest = request
+    if not rest:
+        return False  # a rolling text is read in several windows
+    if isinstance(rest[0], str):
+        text, most = text + rest[0], lm.max_length + BEYOND[engine]
+    else:
+        most = lm.max_length - normalize_gen_kwargs(rest[0], NEW_TOKENS)["max_gen_toks"]
+    return len(text.encode()) + ADDED > most and len(lm.tok_encode(text)) > most
 
 
 def _aggregate(group: Any, out: Path) -> list[EvalRow]:
-    """The rows of a group that defines an aggregate, from its finished tasks, written like a task's."""
+    """The rows of a group that defines an aggregate, from its finished tasks, written like a task's.
+
+    Only of what all of its tasks have; none, and nothing is written, where that is nothing or their shots differ.
+    """
     names = [task.task_name for task in group.get_all_tasks()]
     parts = {name: json.loads((out / f"{_file(name)}.json").read_text(encoding="utf-8"))["lm_eval"] for name in names}
     results = group.aggregate({name: raw["results"] for name, raw in parts.items()})
+    weighted = {asked.metric: asked.weight_by_size for asked in group.aggregate_metric_list}
+    scored = [row for name in names for row in _read(out, name)]
+    if len({row.shots for row in scored}) > 1:
+        return []
     rows = []
     for key in (k for k in results if "," in k and "_stderr," not in k):
         metric, _, filter_name = key.partition(",")
-        leaves = [r for n in names for r in _read(out, n) if (r.metric, r.filter) == (metric, filter_name)]
-        n = sum(r.n for r in leaves)
+        leaves = [r for r in scored if (r.metric, r.filter) == (metric, filter_name)]
+        if len(leaves) < len(names):
+            continue
+        pooled = weighted[metric]
+        sizes = [r.n if pooled else 1 for r in leaves]
         stderr = results.get(f"{metric}_stderr,{filter_name}")
-        chances = [r.chance * r.n for r in leaves if r.chance is not None]
+        chances = [r.chance for r in leaves if r.chance is not None]
         local = [r.setup.data for r in leaves if r.setup.data]
         setup = dataclasses.replace(
             leaves[0].setup,
             data=f"local files for {len(local)} of {len(leaves)} tasks" if local else "",
             comparable=all(r.setup.comparable for r in leaves),
+            truncated=sum(r.setup.truncated for r in leaves),
         )
         row = dataclasses.replace(
             leaves[0],
@@ -277,29 +295,32 @@ def _aggregate(group: Any, out: Path) -> list[EvalRow]:
             version=group.version,
             value=float(results[key]),
             stderr=float(stderr) if isinstance(stderr, int | float) else None,
-            n=n,
-            chance=math.fsum(chances) / n if len(chances) == len(leaves) else None,
+            n=sum(r.n for r in leaves),
+            chance=float(numpy.average(chances, weights=sizes)) if len(chances) == len(leaves) else None,
             doc_file=f"{_file(group.name)}.docs.jsonl",
             setup=setup,
+            pooled=pooled,
         )
         rows.append(row)
-    documents: list[Any] = []
+    if not rows:
+        return []
+    lines: list[Any] = []
     for name in names:
-        with open(out / f"{_file(name)}.docs.jsonl", encoding="utf-8") as lines:
-            documents += [json.loads(line) for line in lines]
-    _write(out, group.name, documents, rows, {"results": results, "tasks": names})
+        with open(out / f"{_file(name)}.docs.jsonl", encoding="utf-8") as file:
+            lines += [json.loads(line) for line in file]
+    _write(out, group.name, lines, rows, {"results": results, "tasks": names})
     return rows
 
 
-def _write(out: Path, name: str, documents: Sequence[Any], rows: Sequence[EvalRow], raw: Mapping[str, Any]) -> None:
+def _write(out: Path, name: str, lines: Sequence[Any], rows: Sequence[EvalRow], raw: Mapping[str, Any]) -> None:
     """The documents first: TASK.json says that the task is finished."""
     from lm_eval import __version__
     from lm_eval.utils import handle_non_serializable
 
     dump = functools.partial(json.dumps, default=handle_non_serializable, ensure_ascii=False, allow_nan=False)
     whole = {"rows": to_json(list(rows)), "lm_eval": {"lm_eval_version": __version__, **raw}}
-    lines, text = [dump(d) + "\n" for d in documents], dump(whole, indent=2) + "\n"
-    write_atomic(out / f"{_file(name)}.docs.jsonl", "".join(lines))
+    texts, text = [dump(line) + "\n" for line in lines], dump(whole, indent=2) + "\n"
+    write_atomic(out / f"{_file(name)}.docs.jsonl", "".join(texts))
     write_atomic(out / f"{_file(name)}.json", text)
 
 

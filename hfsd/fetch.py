@@ -11,6 +11,7 @@ import hashlib
 import importlib.metadata
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,6 +26,7 @@ from hfsd.blocks_cut import Model
 from hfsd.errors import BadRequest, HfsdError
 from hfsd.records import ModelRef
 from hfsd.rundir import new_folder, read_json, sha256, write_atomic
+from hfsd.units import size
 
 PACKAGE = re.compile(r"^package:(?P<dist>[A-Za-z0-9._-]+)==(?P<version>[A-Za-z0-9.]+)/(?P<file>.+)$")
 QUANTISED = re.compile(r"\.(Q\d\w*|IQ\d\w*|F16|BF16|F32)\.gguf$", re.IGNORECASE)
@@ -76,14 +78,14 @@ def resolve(model: Model) -> Source:
 def depth_of(model: Model) -> int:
     """Number of decoder blocks of a model by its name; of a Hub model only config.json is fetched for it."""
     path = model.path
-    if (
-        path.startswith("package:")
-        or path.endswith(".gguf")
-        or Path(path).expanduser().is_dir()
-        or not hub.is_repo_id(path)
-    ):
+    if is_gguf(model) or Path(path).expanduser().is_dir() or not hub.is_repo_id(path):
         return models.depth(resolve(model).folder)
     return models.depth(hub.file(path, "config.json", model.revision).parent)
+
+
+def is_gguf(model: Model) -> bool:
+    """Whether a model is a *.gguf file, here or in a package, whose config is read out of it."""
+    return model.path.startswith("package:") or model.path.endswith(".gguf")
 
 
 def config_folder(model: Model) -> Path:
@@ -157,9 +159,24 @@ def _dequantised(gguf: Path, name: str, pinned: str | None) -> Source:
     folder = cache_dir() / "dequantised" / digest[:32]
     with _alone("dequantise"):
         if not (folder / "config.json").is_file():
+            _refuse_without_room(gguf)
             models.dequantise(gguf, folder)
     ref = ModelRef(name, f"sha256:{digest}")
     return Source(folder, ref, on_hub=False, note=f"dequantised to float32 from {quantisation}")
+
+
+def _refuse_without_room(gguf: Path) -> None:
+    """Before the work: the cache needs four bytes per weight of the file."""
+    with models.spoken(gguf):
+        from gguf import GGUFReader
+
+        needed = 4 * sum(int(tensor.n_elements) for tensor in GGUFReader(gguf).tensors)
+    free = shutil.disk_usage(cache_dir()).free
+    if needed > free:
+        raise HfsdError(
+            f"{cache_dir()} has {size(free)} free, and {gguf.name} takes {size(needed)} there when it is dequantised; "
+            "free some space, or set XDG_CACHE_HOME to a folder on another disk"
+        )
 
 
 @contextmanager
@@ -179,6 +196,16 @@ def _digest_once(path: Path) -> str:
     if not note.is_file():
         write_atomic(note, sha256(path))
     return note.read_text(encoding="utf-8")
+
+
+def contents(folder: Path) -> str:
+    """sha256 of every file below a folder, for one of moderate size; hidden files and Markdown do not count."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix != ".md"):
+        name = path.relative_to(folder).as_posix()
+        if "/." not in f"/{name}":
+            digest.update(f"{name} {_digest_once(path)}\n".encode())
+    return f"sha256:{digest.hexdigest()}"
 
 
 def _fingerprint(folder: Path) -> str:

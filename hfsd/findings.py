@@ -29,7 +29,8 @@ class Setup:
     `limit` is documents per task, None: all. `seed` draws the shots. `fewshot` is `drawn` (by the task's own sampler,
     most draw anew for every question) or `fixed` (the first of the pool, the same for all). `data` says which files
     stand in the place of the task's own, with the split; "" where they are its own. `comparable` is False where the
-    score must not be set beside a leaderboard's.
+    score must not be set beside a leaderboard's. `truncated` is how many of the documents were longer than the model
+    reads, so that the beginning of a text was left out.
     """
 
     limit: int | None = None
@@ -40,6 +41,7 @@ class Setup:
     engine: str = "transformers"
     data: str = ""
     comparable: bool = True
+    truncated: int = 0
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class EvalRow:
     """One number of lm-eval. `value` and `stderr` are in the task's own unit (a fraction for accuracies).
 
     `chance` is None where guessing has no meaning (bits per byte); `doc_file` holds each document's own result.
+    `pooled` is False for a group that is the mean of its tasks' values whatever their sizes, and so of no documents.
     """
 
     variant: Variant
@@ -62,6 +65,7 @@ class EvalRow:
     higher_is_better: bool
     doc_file: str
     setup: Setup = Setup()
+    pooled: bool = True
 
 
 @dataclass(frozen=True)
@@ -71,14 +75,14 @@ class Along:
     `kl` is KL(original || variant) in nats; `top1` the share of tokens where both put the same one first; `overlap`
     is 1 - total variation, which is the probability that the original takes a token that the variant drafts (Leviathan
     et al. 2023, arXiv 2211.17192, corollary 3.6). Standard errors are over prompts, since the tokens of one text depend
-    on one another; `kls` are the means of each prompt's text.
+    on one another, and None of a single prompt; `kls` are the means of each prompt's text.
     """
 
     kl: float
-    kl_stderr: float
+    kl_stderr: float | None
     top1: float
     overlap: float
-    overlap_stderr: float
+    overlap_stderr: float | None
     prompts: int
     n_tokens: int
     kls: list[float] = field(default_factory=list)
@@ -105,21 +109,24 @@ class Shift:
 class Draft:
     """A variant as the draft model of the original (speculative decoding).
 
-    `acceptance` is the mean of 1 - total variation over tokens of the original's sampled text, `greedy` the share of
-    tokens of its greedy text that the variant puts first. `tokens_per_pass[gamma]` is the expected number of tokens per
-    pass of the original with gamma drafted ones, (1 - a^(gamma + 1)) / (1 - a) (Leviathan et al. 2023, equation 1;
-    it takes acceptances as independent). `speedup` is measured; `measured` says how. `refused` says why there is no
-    draft use; the numbers are nought then.
+    `acceptance` is the mean of 1 - total variation over `n_tokens` tokens of the original's sampled answers to
+    `prompts` prompts (its standard error is over prompts, None of a single one), `greedy` the share of tokens of its
+    greedy text that the variant puts first. `tokens_per_pass[gamma]` is the expected number of tokens per pass of the
+    original with gamma drafted ones, (1 - a^(gamma + 1)) / (1 - a) (Leviathan et al. 2023, equation 1; it takes
+    acceptances as independent). `speedup` is measured, with the least and the greatest prompt as bounds; `measured`
+    says how. `refused` says why there is no draft use; the numbers are nought then.
     """
 
     variant: Variant
     acceptance: float
-    acceptance_stderr: float
+    acceptance_stderr: float | None
     greedy: float
     tokens_per_pass: dict[int, float]
     speedup: Estimate | None = None
     measured: str = ""
     refused: str = ""
+    prompts: int = 0
+    n_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -127,7 +134,9 @@ class Cost:
     """What running a model costs: `shape` is `original` or `pruned`, which its arms are too once they are merged.
 
     `matmul_flops` and `kv_bytes` are per token; `prefill` and `decode` tokens per second, with the least and greatest
-    of the turns as bounds; `peak_bytes` the peak memory of a process that holds this model alone.
+    of the turns as bounds; `peak_bytes` the peak memory of a process that holds this model alone. `state_bytes` is what
+    the cache holds at most that does not grow with the text (states, and windows once they are full). Both are in
+    `dtype`, in which the model is loaded; None: not known, and `note` says why.
     """
 
     shape: str
@@ -139,6 +148,9 @@ class Cost:
     decode: Estimate | None = None
     peak_bytes: int | None = None
     measured: str = ""
+    state_bytes: int | None = 0
+    dtype: str = ""
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -167,7 +179,10 @@ class TaskScore:
 
 @dataclass(frozen=True)
 class TaskSummary:
-    """One task over all variants. `in_mean` is False where the original does not clear chance; `note` says why."""
+    """One task over all variants. `in_mean` is False where the original does not clear chance; `note` says why.
+
+    `setup` is the original's; `remarks` say what else a reader has to know, such as a variant that was asked otherwise.
+    """
 
     task: str
     metric: str
@@ -181,6 +196,7 @@ class TaskSummary:
     filter: str = "none"
     version: str = ""
     setup: Setup = Setup()
+    remarks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

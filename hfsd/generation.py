@@ -20,6 +20,8 @@ def greedy(
 ) -> torch.Tensor:
     """`model.generate` without sampling; each row ends at its own stop string, end token, or `max_length`.
 
+    The model's generation config must ask for nothing else (`models.own_distribution`): `generate` follows it.
+
     Args:
         prompts: token ids, padded on the left, [B, P].
         mask: 0 where padding is, [B, P].

@@ -115,12 +115,13 @@ class Tasks:
             tasks, groups = found["tasks"], found.get("groups", {})
             made: dict[str, Any] = {}
             for name, task in tasks.items():
-                shots = _shots(task, unit.shots)
-                task.set_config(key="num_fewshot", value=shots)
-                if name in self.recipe.data:
-                    made[name] = taskfiles.divide(task, self.recipe.data[name], shots, unit.limit)
-                if shots and self.recipe.fewshot == "fixed":
-                    _fix(name, task, shots)
+                with taskfiles.blamed(task, files):
+                    shots = _shots(task, unit.shots)
+                    task.set_config(key="num_fewshot", value=shots)
+                    if name in self.recipe.data:
+                        made[name] = taskfiles.divide(task, self.recipe.data[name], shots, unit.limit)
+                    if shots and self.recipe.fewshot == "fixed":
+                        _fix(name, task, shots)
                 if processes.count() > 1:
                     task.build_all_requests = functools.partial(_build_own, task, task.build_all_requests)
         return Loaded(tasks, groups, made)

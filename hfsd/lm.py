@@ -18,7 +18,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from hfsd import generation, prefixes, processes
+from hfsd import generation, models, prefixes, processes
 from hfsd.prefixes import Node, Text, Tokens
 from hfsd.progress import Advance, track
 
@@ -38,14 +38,17 @@ class SharedContextLM(HFLM):
     the positions that are scored. The cache keeps all positions of sliding and chunked layers too, whose masks hide
     what is outside of their window, so they share at every length. Models with recurrent state or a cache of their own
     read every text whole, and those whose positions depend on the total length take lm-eval's own path, one text at a
-    time, since padding would count. Greedy generation ends row by row (`generation`). Under a launcher of several
-    processes each takes its part of the documents.
+    time, since padding would count. Greedy generation ends row by row (`generation`), and takes the likeliest token:
+    what the checkpoint's generation config asks for beside, such as beams or a repetition penalty, is left out, where
+    lm-eval's `hf` follows it and its `vllm` does not. Under a launcher of several processes each takes its part of the
+    documents.
 
     Args:
         pretrained: a causal language model, which is put into eval mode and otherwise left as it is; or its name, with
             any other argument of lm-eval's `hf` model type.
         tokenizer: its tokenizer. lm-eval may give it a padding token.
-        batch_tokens: tokens per batch, padding included; a batch keeps keys and values of at most four times as many.
+        batch_tokens: tokens per batch, padding included. A batch keeps the keys and values of at most four times as
+            many; where shared beginnings are nested, one such batch per depth is kept at a time.
     """
 
     cache_hook: Any
@@ -53,6 +56,8 @@ class SharedContextLM(HFLM):
 
     def __init__(self, pretrained: Any, tokenizer: Any = None, batch_tokens: int = 2048, **kwargs: Any) -> None:
         kwargs.setdefault("batch_size", 1)  # for what stays lm-eval's own path
+        if kwargs.get("tp_plan") is not None:
+            raise ValueError("tp_plan: the processes each take documents, and share no model; use lm-eval's `hf`")
         super().__init__(pretrained=pretrained, tokenizer=tokenizer, **kwargs)
         self.batch_tokens = batch_tokens
         if processes.count() > 1:
@@ -62,6 +67,7 @@ class SharedContextLM(HFLM):
         self._keeps_logits = "logits_to_keep" in inspect.signature(base.forward).parameters
         self._stock = self.backend != "causal"  # the log-likelihoods are lm-eval's to compute
         self._rows_leave = False
+        self._window: Advance = _untold
         why = self._why_not_shared()
         if why:
             log.warning("evaluate: %s has %s; every text is computed on its own", type(base).__name__, why)
@@ -80,7 +86,8 @@ class SharedContextLM(HFLM):
             return super().loglikelihood(requests, disable_tqdm=True)
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> list[float]:
-        with self._ticking(len(requests)), self._batch_size(self.batch_size if self._stock else 1 << 30):
+        unit = "requests" if self._stock else "windows"
+        with self._ticking(len(requests), unit), self._batch_size(self.batch_size if self._stock else 1 << 30):
             return super().loglikelihood_rolling(requests, disable_tqdm=True)
 
     def generate_until(self, requests: Any, disable_tqdm: bool = True) -> list[str]:
@@ -105,11 +112,14 @@ class SharedContextLM(HFLM):
 
     def _model_generate(self, context: Any, max_length: int, stop: list[str], **generation_kwargs: Any) -> Any:
         sampled = generation_kwargs.get("do_sample") or generation_kwargs.get("temperature", 0.0) != 0.0
-        if self.backend != "causal" or sampled or generation_kwargs.keys() - GREEDY:
+        if self.backend != "causal":
             return super()._model_generate(context, max_length, stop, **generation_kwargs)
-        mask = generation_kwargs["attention_mask"]
-        with torch.inference_mode(), self._precision():
-            return generation.greedy(self.model, self.tokenizer, context, mask, stop, max_length, self._rows_leave)
+        with models.own_distribution(self.model):
+            if sampled or generation_kwargs.keys() - GREEDY:
+                return super()._model_generate(context, max_length, stop, **generation_kwargs)
+            mask = generation_kwargs["attention_mask"]
+            with torch.inference_mode(), self._precision():
+                return generation.greedy(self.model, self.tokenizer, context, mask, stop, max_length, self._rows_leave)
 
     def _loglikelihood_tokens(
         self, requests: Any, disable_tqdm: bool = True, override_bs: int | None = None
@@ -127,6 +137,8 @@ class SharedContextLM(HFLM):
                     answers[index] = answer
                     if requests[index][0] is not None:
                         self.cache_hook.add_partial("loglikelihood", requests[index][0], answer)
+                    else:
+                        self._window(1, total=len(requests))
         return answers
 
     def _text(self, context: list[int], continuation: list[int]) -> Text:
@@ -150,7 +162,7 @@ class SharedContextLM(HFLM):
         rows = {node: (row, head) for row, node, head in nodes}
         for batch in prefixes.batches(list(rows), self.batch_tokens):
             part, end = min(n.part for n in batch), max(n.end for n in batch)
-            first = min(min(max(n.low - 1, n.part), n.end - 1) for n in batch)  # the first position that is needed
+            first = min(n.first for n in batch)
             kept: Any = _fork(cache, [rows[n][0] for n in batch], part)
             if kept is None and any(n.children for n in batch):
                 kept = DynamicCache()
@@ -223,15 +235,19 @@ class SharedContextLM(HFLM):
         )
 
     @contextmanager
-    def _ticking(self, total: int) -> Iterator[None]:
-        """One line of progress for requests that lm-eval reports to its cache as they end."""
+    def _ticking(self, total: int, unit: str = "requests") -> Iterator[None]:
+        """One line of progress: of requests, which lm-eval reports to its cache as they end, or of the windows of
+        rolling texts, which it reports when all are read."""
         hook = self.cache_hook
-        with track("evaluate", total, "requests") as advance:
-            self.cache_hook = _Ticks(advance, hook)
+        with track("evaluate", total, unit) as advance:
+            if unit == "windows":
+                self._window = advance
+            else:
+                self.cache_hook = _Ticks(advance, hook)
             try:
                 yield
             finally:
-                self.cache_hook = hook
+                self.cache_hook, self._window = hook, _untold
 
     @contextmanager
     def _batch_size(self, size: Any) -> Iterator[None]:
@@ -240,6 +256,10 @@ class SharedContextLM(HFLM):
             yield
         finally:
             self.batch_size_per_gpu = before
+
+
+def _untold(*_: Any, **__: Any) -> None:
+    """The progress of windows that nobody waits for."""
 
 
 class _Ticks:

@@ -62,17 +62,18 @@ def of_arm(job: Job, config: PreTrainedConfig, original: PreTrainedConfig) -> Me
         original: of the teacher of the arms that have one.
     """
     model = _loaded(job, config)
-    checkpoints = bool(job.recipe.sft.get("gradient_checkpointing", not _on_cpu() or settings.crowded(job, model)))
+    checkpoints = settings.checkpoints(job, model)
     spared = _spared_by_4_bits(model) if job.recipe.method == "qlora" else 0
     name = type(model).__name__
-    tuned = _adapted(job, model, checkpoints)
+    tuned = settings.adapted(job, model, checkpoints)
     trained = [p for p in tuned.parameters() if p.requires_grad]
     gradients = sum(p.numel() * p.element_size() for p in trained)
     optimizer, note = _optimizer(job, trained)
     weights = sum(p.numel() * p.element_size() for p in (*tuned.parameters(), *tuned.buffers())) - spared
     teacher = 0
     if job.arm in TAUGHT:
-        teacher = models.count_params(cost.empty(original, job.trust_remote_code)) * _dtype(job).itemsize
+        held = cost.empty(original, job.trust_remote_code, models.loaded_dtype(job.dtype))
+        teacher = sum(p.numel() * p.element_size() for p in held.parameters())
         note = "; ".join(filter(None, [note, "of the teacher's pass, its logits are counted"]))
     libraries = _libraries() if _on_cpu() else 0
     above: int | None = None
@@ -89,7 +90,7 @@ def of_arm(job: Job, config: PreTrainedConfig, original: PreTrainedConfig) -> Me
         rows=int(job.setting("per_device_train_batch_size")),
         tokens=job.longest,
         checkpointing=checkpoints,
-        dtype=str(_dtype(job)).removeprefix("torch."),
+        dtype=settings.weights_dtype(job),
         trained_params=sum(p.numel() for p in trained),
         weights=weights,
         gradients=gradients,
@@ -98,17 +99,14 @@ def of_arm(job: Job, config: PreTrainedConfig, original: PreTrainedConfig) -> Me
         libraries=libraries,
         activations=above,
         total=None if above is None else known + above,
-        free=_free(),
+        free=models.free_memory(),
         note=note,
     )
 
 
 def _loaded(job: Job, config: PreTrainedConfig) -> PreTrainedModel:
     """The model on the meta device, in the type of `trainers.load`, with the head of its trainer."""
-    dtype = _dtype(job)
-    model = cost.empty(config, job.trust_remote_code)
-    for part in model.modules():
-        part._apply(lambda t: t.to(dtype) if t.is_floating_point() else t, recurse=False)
+    model = cost.empty(config, job.trust_remote_code, settings.weights_dtype(job))
     if job.arm not in TAUGHT:
         settings.fuse_head(model)
     return model
@@ -131,19 +129,6 @@ def _on_cpu() -> bool:
     return models.device().type == "cpu"
 
 
-def _dtype(job: Job) -> torch.dtype:
-    """As `trainers.load` loads the weights."""
-    import torch
-
-    if job.recipe.method == "full":
-        return torch.float32
-    if job.recipe.method == "qlora":
-        return torch.bfloat16 if settings.has_bf16() else torch.float32
-    if job.dtype != "auto":
-        return getattr(torch, job.dtype)
-    return torch.float32 if models.device().type in ("cpu", "mps") else torch.bfloat16
-
-
 def _spared_by_4_bits(model: PreTrainedModel) -> int:
     """Bytes that 4-bit storage spares: of every linear layer but the head."""
     from torch import nn
@@ -151,17 +136,6 @@ def _spared_by_4_bits(model: PreTrainedModel) -> int:
     head = model.get_output_embeddings()
     linear = [m.weight for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
     return round(sum(w.numel() * (w.element_size() - NF4) for w in linear))
-
-
-def _adapted(job: Job, model: PreTrainedModel, checkpoints: bool) -> nn.Module:
-    from peft import get_peft_model
-
-    asked = settings.lora(job, model)
-    tuned: Any = model if asked is None else get_peft_model(model, asked)
-    if checkpoints:
-        tuned.gradient_checkpointing_enable()
-        tuned.enable_input_require_grads()
-    return tuned.train()
 
 
 def _optimizer(job: Job, trained: list[nn.Parameter]) -> tuple[int, str]:
@@ -195,7 +169,7 @@ def _peak(job: Job, config: PreTrainedConfig, checkpoints: bool) -> int:
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    model = _adapted(job, _loaded(job, config), checkpoints)
+    model = settings.adapted(job, _loaded(job, config), checkpoints)
     loss = _taught_loss if job.arm in TAUGHT else _own_loss
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=settings.has_bf16())
     with models.quiet(), FakeTensorMode(allow_non_fake_inputs=True):
@@ -268,14 +242,3 @@ def _libraries() -> int:
 
     assert trl.SFTTrainer and peft.PeftModel  # imported at last: both packages load their parts when they are asked for
     return int(psutil.Process().memory_info().rss)
-
-
-def _free() -> int:
-    """Free memory of the device that trains."""
-    import psutil
-    import torch
-
-    device = models.device()
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)

@@ -98,6 +98,22 @@ def device() -> torch.device:
     return torch.device(found.type, processes.local_rank())
 
 
+def free_memory() -> int:
+    """Free bytes of the device at hand; of a CPU, those that can be had without swapping."""
+    import psutil
+    import torch
+
+    target = device()
+    return int(torch.cuda.mem_get_info(target)[0] if target.type == "cuda" else psutil.virtual_memory().available)
+
+
+def loaded_dtype(asked: str) -> str:
+    """The type that `load` gives the weights, such as `float32`: what `auto` is on the device at hand."""
+    if asked != "auto":
+        return asked
+    return "float32" if device().type in ("cpu", "mps") else "bfloat16"
+
+
 def load(
     folder: Path,
     dtype: str = "auto",
@@ -123,9 +139,7 @@ def load(
     import torch
     from transformers import AutoModelForCausalLM
 
-    target = device()
-    if dtype == "auto":
-        dtype = "float32" if target.type in ("cpu", "mps") else "bfloat16"
+    target, dtype = device(), loaded_dtype(dtype)
     if quantization is not None:
         device_map = {"": target}  # quantised weights cannot be moved
     with spoken(folder):
@@ -174,17 +188,21 @@ def skeleton(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel:
     return empty(load_config(folder, trust_remote_code), trust_remote_code, folder)
 
 
-def empty(config: PreTrainedConfig, trust_remote_code: bool = False, named: Path | None = None) -> PreTrainedModel:
+def empty(
+    config: PreTrainedConfig, trust_remote_code: bool = False, named: Path | None = None, dtype: str | None = None
+) -> PreTrainedModel:
     """The model of a config without storage (parameters and buffers on the meta device).
 
     Args:
+        dtype: of its weights, such as `float32`; None: the config's own.
         named: what is told where transformers cannot build it; None: the config's own name.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
     with spoken(named or Path(config.name_or_path or config.model_type)), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        options = {} if dtype is None else {"dtype": getattr(torch, dtype)}
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, **options)
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -253,6 +271,25 @@ def dequantise(gguf: Path, folder: Path) -> None:
     with new_folder(folder) as target:
         model.save_pretrained(target)
         tokenizer.save_pretrained(target)
+
+
+@contextmanager
+def own_distribution(model: PreTrainedModel) -> Iterator[None]:
+    """While the block runs, `generate` follows what the model itself says next, and what the caller asks for.
+
+    A checkpoint's generation config may ask for more (Qwen2.5: a repetition penalty), and `generate` fills from it all
+    that a caller leaves open, even in a config of the caller's own. Here nothing but its special tokens stands in it.
+    """
+    from transformers import GenerationConfig
+
+    inner = getattr(model, "get_base_model", lambda: model)()  # of a PEFT model, the one that generates
+    held = inner.generation_config
+    special = {name: getattr(held, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    inner.generation_config = GenerationConfig(**special)
+    try:
+        yield
+    finally:
+        inner.generation_config = held
 
 
 @contextmanager

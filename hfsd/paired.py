@@ -6,11 +6,12 @@ draws of their own; a group such as MMLU is one set of documents.
 
 A percentile bootstrap of few documents claims a little too much: of equals that answer 10 documents, 7% come out better
 or worse; and it leaves zero out where 4 documents of 24 went one way and the rest neither, where McNemar's exact test
-has p = 0.13. So "better" and "worse" need both: the interval leaves zero out, and p < 0.05 in an exact test of
-"exchanging the two variants' answers changes nothing". For documents that are right or wrong that test is McNemar's,
-exact and two-sided (Fagerland, Lydersen and Laake 2013, BMC Med Res Methodol 13:91, who count how seldom it claims too
-much, and how often too little); elsewhere, and for a mean of tasks, it is the randomisation test that exchanges the
-answers of each document by a coin (Noreen 1989; Dror et al. 2018, P18-1128), of which McNemar's is the special case.
+has p = 0.13. So "better" and "worse" need both: the interval leaves zero out, and p < 0.05 in a test of "exchanging
+the two variants' answers changes nothing". For documents that are right or wrong that test is McNemar's, exact and
+two-sided (Fagerland, Lydersen and Laake 2013, BMC Med Res Methodol 13:91, who count how seldom it claims too much, and
+how often too little). Elsewhere, and for a mean of tasks, it is the randomisation test of which McNemar's is the
+special case: it exchanges the answers of each document by a coin (Noreen 1989; Dror et al. 2018, P18-1128), and its p
+is the share of `RESAMPLES` such exchanges, so an estimate.
 Nothing is corrected for the number of comparisons.
 """
 

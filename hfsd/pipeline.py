@@ -10,6 +10,7 @@ rest, and writes.
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 import sys
 import time
@@ -29,6 +30,7 @@ from hfsd.rundir import append_log, lock, write_atomic, write_manifest
 from hfsd.session import Session
 from hfsd.steps import Step, needed_for, steps, up_to, variants
 
+NEED_SCORES = ("evaluate", "report", "publish")  # `compare` measures the models alone
 TOGETHER = ("scan", "train", "evaluate")  # stages in which every process of a launcher takes part
 
 
@@ -64,7 +66,7 @@ def run(
             raise BadRequest(f"{option} {value}: no such stage{nearest(value, STAGES)}; stages are {', '.join(STAGES)}")
     recipe, text = read(name_or_path, sets)
     root = Path(out) if out is not None else Path("runs") / recipe.name
-    with _held(root, recipe) as looked:
+    with _held(root, recipe, _evaluates(until, only)) as looked:
         plan = steps(recipe, root)
         wanted = needed_for(plan, only) if only else up_to(plan, until)
         left = processes.same(lambda: _left(recipe, root, plan, wanted, redo, verify, looked))
@@ -74,8 +76,11 @@ def run(
 
 
 @contextmanager
-def _held(root: Path, recipe: Recipe) -> Iterator[bool]:
+def _held(root: Path, recipe: Recipe, evaluates: bool) -> Iterator[bool]:
     """The lock on the run directory, held by the first process; a wrong recipe makes no directory.
+
+    Args:
+        evaluates: the run is to reach the evaluation; of a new one, the tasks are tried.
 
     Yields whether the facts have been looked at.
     """
@@ -85,6 +90,8 @@ def _held(root: Path, recipe: Recipe) -> Iterator[bool]:
     new = not root.exists()
     if new:
         preflight(recipe)
+        if evaluates:
+            _try_tasks(recipe)
     with lock(root):
         yield new
 
@@ -104,8 +111,15 @@ def _left(
     left = {s.stage.name: s.stage.path for s in wanted if not s.stage.is_done(verify)}
     if left and not looked:
         preflight(recipe)
+        if {"train", "evaluate"} <= {name.split("/")[0] for name in left}:
+            _try_tasks(recipe)
     disk.check(recipe, root, list(left.items()))
     return list(left)
+
+
+def _evaluates(until: str | None, only: str | None) -> bool:
+    """Whether a run up to a stage, or of one stage with what it needs, evaluates."""
+    return STAGES.index(until or STAGES[-1]) >= STAGES.index("evaluate") and only in (None, *NEED_SCORES)
 
 
 def results(root: Path) -> Results:
@@ -213,6 +227,36 @@ def _cut_faults(recipe: Recipe) -> list[str]:
         except BadRequest as error:
             return [f"prune.{'remove' if asked.range else 'keep'}: {error} ({name})"]
     return []
+
+
+def _try_tasks(recipe: Recipe) -> None:
+    """Loads what the evaluation will load: hours of training must not end at a data set that cannot be had.
+
+    Packaged tasks are always there. Others are downloaded here, unless they are in the cache already.
+
+    Raises:
+        BadRequest: every fault, one line each.
+    """
+    from hfsd import harness, models
+
+    asked, folder = recipe.evaluate, Path(recipe.model.path).expanduser()
+    faults = []
+    if asked.engine == "vllm" and importlib.util.find_spec("vllm") is None:
+        faults.append(
+            "evaluate.engine: vllm needs vLLM in this environment; install it, or use evaluate.engine: endpoint"
+        )
+    for field in ("chat_template", "multiturn"):
+        if getattr(asked, field) and folder.is_dir():
+            tokenizer = models.load_tokenizer(folder, recipe.model.trust_remote_code)
+            if not tokenizer.chat_template:
+                faults.append(f"evaluate.{field}: the tokenizer in {folder} has no chat template; leave {field} out")
+    tasks = harness.Tasks(asked, Path())
+    try:
+        tasks.load([unit for unit in tasks.units if unit.names[0] not in harness.SUITES["demo"]])
+    except BadRequest as error:
+        faults.append(str(error))
+    if faults:
+        raise BadRequest("\n".join(faults))
 
 
 def read(name_or_path: str | Path | Recipe, sets: list[str] | None) -> tuple[Recipe, str]:

@@ -1,38 +1,52 @@
-"""Plan: what a recipe will cost before it is run: sizes, memory, disk and time. No weights are read or fetched."""
+"""Plan: what a recipe will cost before it is run: sizes, memory, disk and time, from the model's config.
+
+No weights are read, and of a model on the Hub none are fetched. A GGUF file, or one in a package, has its config in
+itself: it is fetched and dequantised into the cache once, as a run would do.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hfsd import cost, disk, fetch, memory, models, probe, surgery, workload
+from hfsd import cost, disk, fetch, memory, models, surgery, workload
+from hfsd import probe as probing
 from hfsd.cost import Shape
 from hfsd.disk import Need
 from hfsd.errors import BadRequest, HfsdError, Refusal
 from hfsd.memory import Memory
+from hfsd.probe import Rates
 from hfsd.recipe import Recipe
 from hfsd.settings import Job, check_fields
 from hfsd.steps import steps, variants
-from hfsd.text import count, duration, size
+from hfsd.units import aligned, count, duration, size
 from hfsd.workload import Work
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+LEFT_OUT = "left out: processes that start, models and data that load, pictures; up to: answers at their longest"
 TRAINING = 3.0  # a backward pass takes twice the FLOPs of the forward pass
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Wall time of a step: `seconds` None where it is not known, and `note` says why. `at_most`: it may end earlier."""
+    """About how long a step computes: `seconds` None where it is not known, and `note` says why.
+
+    What does not grow with the work (processes that start, models and data that load) is left out. `up_to`: answers are
+    counted as long as they may be, and may end earlier. `partly`: `seconds` and `tokens` are of a part of the step, and
+    `note` says what is not known of the rest.
+    """
 
     step: str
     tokens: int | None
     seconds: float | None
-    at_most: bool = False
+    up_to: bool = False
     note: str = ""
+    partly: bool = False
 
 
 @dataclass(frozen=True)
@@ -41,7 +55,8 @@ class Plan:
 
     `pruned` holds one shape, or two where a scan chooses among unlike blocks: the least and the most of each figure;
     the cuts, as shares, stand in the same order. `disk_needed` is the most at a time, of `disk_free` bytes at
-    `disk_at`; `fetched` are the bytes of the original that are not here yet. `rate` says what times rest on.
+    `disk_at`, the original's among them where it is still to be fetched into the same file system. `lengths` are those
+    of each data set; `rate` says what times rest on.
     """
 
     name: str
@@ -57,9 +72,8 @@ class Plan:
     disk_needed: int
     disk_free: int
     disk_at: str
-    fetched: int
     times: list[StepTime]
-    lengths: workload.Lengths
+    lengths: list[workload.Lengths]
     rate: str
     notes: list[str] = field(default_factory=list)
 
@@ -70,7 +84,7 @@ class Plan:
 
 
 def make(recipe: Recipe, tokens_per_second: float | None = None, probe: bool = True, root: Path | None = None) -> Plan:
-    """Plans a recipe; of a model on the Hub only config and tokenizer are fetched.
+    """Plans a recipe. Of a model on the Hub only config and tokenizer are fetched; a GGUF file is dequantised once.
 
     Args:
         tokens_per_second: of the original on the machine that will run it, taken instead of the probe for forward
@@ -95,17 +109,24 @@ def make(recipe: Recipe, tokens_per_second: float | None = None, probe: bool = T
     cuts = _cuts(recipe, config, blocks)
     pruned = _bounds([original.less(blocks[i] for i in gone) for gone in cuts])
     rows = workload.lengths(recipe)
-    jobs = [_job(recipe, arm, rows.longest, cuts) for arm in recipe.train.arms if arm not in recipe.train.adapter_from]
+    longest = max(one.longest for one in rows)
+    jobs = [_job(recipe, arm, longest, cuts) for arm in recipe.train.arms if arm not in recipe.train.adapter_from]
     biggest = min(cuts, key=lambda gone: sum(blocks[i].params for i in gone))
     cut = cost.cut(config, [i for i in range(len(blocks)) if i not in biggest])
     trained = [memory.of_arm(job, cut, config) for job in jobs]
     names = [step.stage.name for step in steps(recipe, root)]
     adapter = 4 * max((m.trained_params for m in trained), default=0)
     sizes = disk.sizes(recipe)
-    written = disk.needs(recipe, sizes, names, root, adapter)
+    written, fetched = disk.needs(recipe, sizes, names, root, adapter), disk.fetching(sizes)
     place = disk.standing(root)
+    beside = fetched if sizes is not None and disk.same_disk(sizes.folder, root) else []
     work = workload.of_steps(recipe, names, variants(recipe), rows, len(blocks))
-    times, rate = _times(recipe, config, jobs, rows, work, [original, pruned[-1]], cuts, tokens_per_second, probe)
+    job = jobs[0] if jobs else _job(recipe, recipe.train.arms[0], longest, cuts)
+    checkpointed = bool(trained) and trained[0].checkpointing
+    measure = partial(probing.run, config, job, *workload.decoded_at_once(recipe, rows), checkpointed)
+    depths = {"original": len(blocks), "pruned": len(blocks) - len(cuts[0])}
+    share = {"original": 1.0, "pruned": pruned[-1].matmul_flops / original.matmul_flops}
+    times, rate = _times(work, depths, share, tokens_per_second, measure if probe else None)
     return Plan(
         name=recipe.name,
         model=recipe.model.path,
@@ -116,16 +137,21 @@ def make(recipe: Recipe, tokens_per_second: float | None = None, probe: bool = T
         param_cut=[1 - p.params / original.params for p in pruned],
         matmul_flop_cut=[1 - p.matmul_flops / original.matmul_flops for p in pruned],
         memory=trained,
-        disk=[n for n in written if n.stays or n.passes or n.stays is None],
-        disk_needed=disk.most(written),
+        disk=[*fetched, *(n for n in written if n.stays or n.passes or n.stays is None)],
+        disk_needed=disk.most([*beside, *written]),
         disk_free=disk.free(place),
         disk_at=str(place),
-        fetched=0 if sizes is None or sizes.fetched else sizes.bytes,
         times=times,
         lengths=rows,
         rate=rate,
-        notes=[n for n in (original.kv_note, *(m.note for m in trained), *map(_too_much, trained)) if n],
+        notes=[n for n in (_read(recipe), original.kv_note, *(m.note for m in trained), *map(_too_much, trained)) if n],
     )
+
+
+def _read(recipe: Recipe) -> str:
+    if not fetch.is_gguf(recipe.model):
+        return ""
+    return "a GGUF file is read for its config: fetched, and dequantised into the cache, once"
 
 
 def _too_much(of: Memory) -> str:
@@ -195,36 +221,33 @@ def _job(recipe: Recipe, arm: str, longest: int, cuts: Sequence[tuple[int, ...]]
 
 
 def _times(
-    recipe: Recipe,
-    config: PreTrainedConfig,
-    jobs: Sequence[Job],
-    rows: workload.Lengths,
     work: Sequence[Work],
-    shapes: Sequence[Shape],
-    cuts: Sequence[tuple[int, ...]],
+    depths: Mapping[str, int],
+    share: Mapping[str, float],
     stated: float | None,
-    measure: bool,
+    measure: Callable[[], Rates] | None,
 ) -> tuple[list[StepTime], str]:
-    """Seconds of every step that has work, and what they rest on."""
+    """Seconds of every step that has work, and what they rest on.
+
+    Args:
+        depths: blocks of the original and of the pruned model.
+        share: their FLOPs per token over the original's.
+        stated: tokens per second of the original, instead of what is measured.
+        measure: the probe; None: it is not wanted.
+    """
     if stated is not None:
-        share = {"original": 1.0, "pruned": shapes[1].matmul_flops / shapes[0].matmul_flops}
         told = f"stated: {stated:g} tokens/s of the original, training {TRAINING:g} x as long, a cut model by its FLOPs"
         return _summed(work, lambda w: share[w.model] * _tokens(w, TRAINING) / stated), told
-    if not measure:
+    if measure is None:
         return _summed(work, None), "no times: neither a probe nor --tokens-per-second"
-    if not jobs:
-        jobs = [_job(recipe, recipe.train.arms[0], rows.longest, cuts)]
     try:
-        rates = probe.run(config, jobs[0], *workload.decoded_at_once(recipe, rows))
+        rates = measure()
     except HfsdError as error:
         return _summed(work, None), f"no times: {error}"
-    depth = {"original": config.get_text_config(decoder=True).num_hidden_layers}
-    depth["pruned"] = depth["original"] - len(cuts[0])
 
     def seconds(w: Work) -> float:
-        n = depth[w.model]
-        turns = max(1.0, w.rows / rates.rows)
-        return w.forward * rates.forward.at(n) + w.trained * rates.train.at(n) + w.passes * turns * rates.decode.at(n)
+        n = depths[w.model]
+        return w.forward * rates.forward.at(n) + w.trained * rates.train.at(n) + w.passes * rates.decoding(w.rows, n)
 
     return _summed(work, seconds), rates.measured
 
@@ -238,10 +261,11 @@ def _summed(work: Sequence[Work], seconds: Callable[[Work], float] | None) -> li
     found = []
     for name in dict.fromkeys(w.step for w in work):
         mine = [w for w in work if w.step == name]
-        unknown = next((w.unknown for w in mine if w.unknown), "")
-        tokens = None if unknown else round(sum(map(_tokens, mine)))
-        took = sum(map(seconds, mine)) if seconds and not unknown else None
-        found.append(StepTime(name, tokens, took, any(w.bound for w in mine), unknown))
+        known, unknown = [w for w in mine if not w.unknown], dict.fromkeys(w.unknown for w in mine if w.unknown)
+        tokens = round(sum(map(_tokens, known))) if known else None
+        took = sum(map(seconds, known)) if seconds and known else None
+        bound = any(w.bound for w in known)
+        found.append(StepTime(name, tokens, took, bound, "; ".join(unknown), bool(known and unknown)))
     return found
 
 
@@ -253,12 +277,15 @@ def text(plan: Plan) -> str:
     parts = [
         f"{plan.name}: {plan.model}, {plan.removed} of {plan.n_layers} blocks removed",
         f"{count(plan.original.params)} -> {params} parameters: cut by {cuts}; matmul FLOPs per token by {flops}",
-        _table(_shape_rows(plan)),
+        "\n".join(aligned(_shape_rows(plan))),
     ]
     if plan.memory:
-        parts += ["training memory of one process, at its peak", _table(_memory_rows(plan))]
-    parts += [f"disk ({plan.disk_at} has {size(plan.disk_free)} free)", _table(_disk_rows(plan))]
-    parts += [f"time ({plan.rate})", _table(_time_rows(plan)), f"lengths: {plan.lengths.source}"]
+        parts += ["training memory of one process, at its peak", "\n".join(aligned(_memory_rows(plan)))]
+    parts += [f"disk ({plan.disk_at} has {size(plan.disk_free)} free)", "\n".join(aligned(_disk_rows(plan)))]
+    parts += [f"time ({plan.rate})", "\n".join(aligned(_time_rows(plan)))]
+    if any(t.seconds is not None for t in plan.times):
+        parts += [LEFT_OUT]
+    parts += [f"lengths of {one.data}: {one.source}" for one in plan.lengths]
     return "\n\n".join([*parts, *(f"note: {note}" for note in plan.notes)])
 
 
@@ -296,8 +323,6 @@ def _memory_rows(plan: Plan) -> list[list[str]]:
 
 def _disk_rows(plan: Plan) -> list[list[str]]:
     rows = [["step", "stays", "on the way", "what"]]
-    if plan.fetched:
-        rows.append(["(fetch)", size(plan.fetched), "-", "the original, into the Hub's cache"])
     for need in plan.disk:
         stays, passes = ("n/a" if n is None else size(n) for n in (need.stays, need.passes))
         rows.append([need.step, stays, passes, need.what])
@@ -305,20 +330,15 @@ def _disk_rows(plan: Plan) -> list[list[str]]:
 
 
 def _time_rows(plan: Plan) -> list[list[str]]:
-    rows = [["step", "tokens", "time"]]
+    rows = [["step", "tokens", "time, about"]]
     for t in plan.times:
-        told = t.note or ("n/a" if t.seconds is None else f"{'at most ' if t.at_most else ''}{duration(t.seconds)}")
-        rows.append([t.step, "n/a" if t.tokens is None else f"{t.tokens:,}", told])
+        told = [] if t.seconds is None else [f"{'up to ' if t.up_to else ''}{duration(t.seconds)}"]
+        told += ["and more: " * t.partly + t.note] if t.note else []
+        rows.append([t.step, "n/a" if t.tokens is None else f"{t.tokens:,}", ", ".join(told) or "n/a"])
     if all(t.seconds is None for t in plan.times):
         return rows
-    left_out = "" if all(t.seconds is not None for t in plan.times) else ", of what is known"
-    return [*rows, [f"in all{left_out}", "", duration(plan.seconds)]]
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as their widest cell, two spaces apart."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+    whole = all(t.seconds is not None and not t.partly for t in plan.times)
+    return [*rows, [f"in all{'' if whole else ', of what is known'}", "", duration(plan.seconds)]]
 
 
 def _percent(share: float) -> str:

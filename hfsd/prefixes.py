@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 Tokens = tuple[int, ...]
 # In tokens of a text, as the demo's model takes them on two cores; a GPU would pay more for a pass, and share less.
 SHORTEST = 8  # a shared stretch below this is rather computed again: a cache has to be copied to each of its rows
-PASS = 24  # what a forward pass costs beside its tokens
+PASS = 78  # what a forward pass costs beside its tokens: every weight is read once
+HEAD = 0.75  # what the output layer costs for a position whose logits are needed
 ROWS = 256  # of a batch; what more rows would save is nothing
 WHOLE = 4  # a batch holds the keys and values of at most this many times the tokens that it may compute
 
@@ -47,6 +48,11 @@ class Node:
     @property
     def end(self) -> int:
         return len(self.tokens)
+
+    @property
+    def first(self) -> int:
+        """The first position whose logits are needed: it predicts the first token that is scored, or what follows."""
+        return min(max(self.low - 1, self.part), self.end - 1)
 
 
 def tree(texts: Iterable[Text], share: bool = True) -> list[Node]:
@@ -113,8 +119,8 @@ def batches(nodes: Sequence[Node], budget: int) -> list[list[Node]]:
     """The cheapest of the usual ways to compute nodes whose parents are in one cache.
 
     A batch reads its nodes from the least `part` of them to the end of the longest, so it is best of nodes that are
-    alike. The count of tokens, padding and repetition included, is at its least among the cuts of the nodes in order of
-    their ends or of their parts.
+    alike. The cost, padding and repetition included, is at its least among the cuts of the nodes in order of their ends
+    or of their parts.
 
     Args:
         nodes: siblings in the sense that one cache holds all of their parents.
@@ -125,22 +131,26 @@ def batches(nodes: Sequence[Node], budget: int) -> list[list[Node]]:
     return min(plans, key=lambda plan: sum(map(_cost, plan)))
 
 
-def _cost(batch: Sequence[Node]) -> int:
-    return PASS + len(batch) * (max(n.end for n in batch) - min(n.part for n in batch))
+def _cost(batch: Sequence[Node]) -> float:
+    return _price(len(batch), max(n.end for n in batch), min(n.part for n in batch), min(n.first for n in batch))
+
+
+def _price(rows: int, end: int, part: int, first: int) -> float:
+    return PASS + rows * (end - part + HEAD * (end - first))
 
 
 def _cut(nodes: Sequence[Node], budget: int) -> list[list[Node]]:
     """The least cost of all nodes, by the least costs of the first 1, 2, 3, ..."""
-    costs, starts = [0], [0]
+    costs, starts = [0.0], [0]
     for stop in range(1, len(nodes) + 1):
-        end, part, least, at = 0, nodes[stop - 1].part, 1 << 62, stop - 1
+        end, part, first, least, at = 0, 1 << 62, 1 << 62, float("inf"), stop - 1
         for start in range(stop - 1, max(-1, stop - 1 - ROWS), -1):
             node, rows = nodes[start], stop - start
-            end, part = max(end, node.end), min(part, node.part)
+            end, part, first = max(end, node.end), min(part, node.part), min(first, node.first)
             fits = rows * (end - part) <= budget and rows * end <= WHOLE * budget
             if rows > 1 and not fits:
                 break
-            if (cost := costs[start] + PASS + rows * (end - part)) <= least:
+            if (cost := costs[start] + _price(rows, end, part, first)) <= least:
                 least, at = cost, start
         costs.append(least)
         starts.append(at)

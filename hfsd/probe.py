@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from hfsd import cost, models, settings
+from hfsd import cost, engines, models, settings
 from hfsd.errors import HfsdError
 from hfsd.settings import Job
 from hfsd.text import size
@@ -22,9 +22,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 SECONDS = 30.0  # for all measures together
-SHARE = SECONDS / 2 / 3  # of each kind of work at each depth
+SHARE = SECONDS / 2 / 4  # of each kind of work at each depth
 LEAST, MOST = 32, 512  # tokens of a pass that is measured
 ROWS = 4  # and its rows
+TURNS = 30  # of a kind of work at a depth, at most
 DEPTHS = ((2, 6), (1, 2))  # blocks that are measured: the wider apart, the less of the noise, if they fit
 
 
@@ -46,56 +47,73 @@ class Line:
 @dataclass(frozen=True)
 class Rates:
     """What a model with n blocks takes: seconds per token of a forward pass and of a training step (forward, backward),
-    and seconds per decoded token of `rows` rows at once. `measured` tells where and how.
+    and seconds per pass that decodes one token of one row (`single`), and of each of `rows` rows (`decode`). `measured`
+    tells where and how.
     """
 
     forward: Line
     train: Line
+    single: Line
     decode: Line
     rows: int
     measured: str
 
+    def decoding(self, rows: int, blocks: int) -> float:
+        """Seconds per decoding pass of that many rows: on the line through the two that were measured."""
+        one, many = self.single.at(blocks), self.decode.at(blocks)
+        if self.rows == 1:
+            return many * rows
+        return one + max(0.0, many - one) * (rows - 1) / (self.rows - 1)
 
-def run(config: PreTrainedConfig, job: Job, rows: int, context: int) -> Rates:
+
+def run(config: PreTrainedConfig, job: Job, rows: int, context: int, checkpointed: bool) -> Rates:
     """Measures this device.
 
     Args:
         config: of the original.
         job: how it would be trained, adapter included.
         rows: how many are decoded at once.
-        context: tokens that stand before a decoded one.
+        context: tokens that stand before a decoded one; no more than the model's positions leave room for.
+        checkpointed: with gradient checkpointing.
 
     Raises:
-        HfsdError: a model of two blocks does not fit in the free memory.
+        HfsdError: a model of two blocks does not fit in the free memory, or its class does not run.
     """
     start = time.perf_counter()
     whole, blocks = cost.by_block(config, job.trust_remote_code)
     least = whole.less(blocks[2:]).params if len(blocks) > 2 else whole.params
     depths = _depths(whole.params - least, len(blocks))
     needed = 4 * (whole.less(blocks[depths[1] :]).params if len(blocks) > depths[1] else whole.params)
-    free = _free()
+    free = models.free_memory()
     if 2 * needed > free:
         raise HfsdError(
             f"the probe needs {size(2 * needed)} for a model of {depths[1]} blocks, and {size(free)} of memory is "
             "free; give --tokens-per-second, or plan on the machine that will run it"
         )
-    few, more = (_built(cost.cut(config, range(n)), job) for n in depths)
-    tokens = _fitting(few)
-    at_once = min(rows, tokens)
-    forward, decode, train = (
-        _line(depths, *_in_turns([make(model) for model in (few, more)]))
-        for make in (
-            lambda model: _forward(model, tokens),
-            lambda model: _decode(model, at_once, context),
-            lambda model: _step(model, job, tokens),  # last: it puts an adapter on the model
+    room = (engines.positions(config) or 1 << 62) - TURNS - 2  # a turn adds a token
+    context = max(1, min(context, room))
+    try:
+        few, more = (_built(cost.cut(config, range(n)), job) for n in depths)
+        tokens = _fitting(few)
+        at_once = min(rows, tokens)
+        forward, single, decode, train = (
+            _line(depths, *_in_turns([make(model) for model in (few, more)]))
+            for make in (
+                lambda model: _forward(model, tokens),
+                lambda model: _decode(model, 1, context),
+                lambda model: _decode(model, at_once, context),
+                lambda model: _step(model, job, tokens, checkpointed),  # last: it puts an adapter on the model
+            )
         )
-    )
+    except Exception as error:  # whatever a class says that cannot be run so; the plan tells it
+        why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise HfsdError(f"{config.model_type} cannot be probed ({why}); give --tokens-per-second") from error
     spent = time.perf_counter() - start
     told = (
         f"measured here ({models.device()}) on models of {depths[0]} and {depths[1]} blocks in {spent:.0f} s: passes "
-        f"of {tokens} tokens, decoding of {at_once} rows"
+        f"of {tokens} tokens, decoding of 1 and of {at_once} rows behind {context} tokens"
     )
-    return Rates(forward.over(tokens), train.over(tokens), decode, at_once, told)
+    return Rates(forward.over(tokens), train.over(tokens), single, decode, at_once, told)
 
 
 def _depths(rest: int, n_blocks: int) -> tuple[int, int]:
@@ -103,14 +121,6 @@ def _depths(rest: int, n_blocks: int) -> tuple[int, int]:
     each = rest / max(1, n_blocks - 2)
     few, more = DEPTHS[0] if n_blocks >= DEPTHS[0][1] and each < 2e7 else DEPTHS[1]
     return few, min(more, n_blocks)
-
-
-def _free() -> int:
-    import psutil
-    import torch
-
-    device = models.device()
-    return int(torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available)
 
 
 def _line(depths: tuple[int, int], few: float, more: float) -> Line:
@@ -121,12 +131,12 @@ def _line(depths: tuple[int, int], few: float, more: float) -> Line:
 
 
 def _built(config: PreTrainedConfig, job: Job) -> Any:
-    """A model with random weights, on the device and in the type of a training."""
+    """A model with random weights, on the device and in the type of a run."""
     import torch
     from transformers import AutoModelForCausalLM
 
     gc.collect()  # PEFT's modules refer to one another: those of an earlier probe are let go only here
-    dtype = torch.float32 if models.device().type in ("cpu", "mps") else torch.bfloat16
+    dtype = getattr(torch, models.loaded_dtype(job.dtype))
     with models.quiet():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=job.trust_remote_code)
     return model.to(models.device()).eval()
@@ -178,15 +188,14 @@ def _decode(model: Any, rows: int, context: int) -> Callable[[], object]:
     return run
 
 
-def _step(model: Any, job: Job, tokens: int) -> Callable[[], object]:
+def _step(model: Any, job: Job, tokens: int, checkpointed: bool) -> Callable[[], object]:
     """A forward and a backward pass with the adapter and the head of the arm's trainer; a step of Adam is small."""
     import torch
-    from peft import get_peft_model
 
     settings.fuse_head(model)
     everywhere = {k: v for k, v in job.recipe.lora.items() if k != "scope"}  # of few blocks, none lies behind a cut
-    asked = settings.lora(replace(job, recipe=job.recipe.model_copy(update={"lora": everywhere})), model)
-    tuned: Any = (model if asked is None else get_peft_model(model, asked)).train()
+    job = replace(job, recipe=job.recipe.model_copy(update={"lora": everywhere}))
+    tuned = settings.adapted(job, model, checkpointed)
     autocast = torch.autocast(models.device().type, torch.bfloat16, enabled=settings.has_bf16())
     ids = _ids(model, ROWS, tokens // ROWS)
     seen = torch.ones_like(ids)
@@ -216,6 +225,6 @@ def _in_turns(works: Sequence[Callable[[], object]], seconds: float = 2 * SHARE)
             if models.device().type != "cpu":
                 torch.accelerator.synchronize()
             times.append(time.perf_counter() - before)
-        if len(found[-1]) >= 30:
+        if len(found[-1]) >= TURNS:
             break
     return [min(times[1:]) for times in found]

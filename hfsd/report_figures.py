@@ -137,8 +137,8 @@ def _shifts(results: Results) -> Iterator[Picture]:
     # one axis for both: that references lie farther off is then seen
     top = max([1e-3, *(x for _, _, along in kinds for s in shifts for x in along(s).kls)])
     for file, what, along in kinds:
-        rows = [(s.variant, along(s).kls, kl_text(along(s))) for s in shifts]
-        if any(values for _, values, _ in rows):
+        rows = [Row(s.variant, along(s).kls, along(s).kl, kl_text(along(s))) for s in shifts]
+        if any(row.values for row in rows):
             yield _own(
                 file,
                 f"Histograms: KL from the original along {what}",
@@ -146,8 +146,8 @@ def _shifts(results: Results) -> Iterator[Picture]:
                 f"{along(shifts[0]).n_tokens:,} tokens. Line: the mean over tokens, with its 95% interval.",
                 _histograms(rows, names, top, "KL from the original (nats per token)"),
             )
-    rows = [(s.variant, s.similarities, _similarity_words(s.similarities)) for s in shifts]
-    if any(values for _, values, _ in rows):
+    rows = [_similarities(s) for s in shifts]
+    if any(row.values for row in rows):
         yield _own(
             "similarity.png",
             "Histograms: similarity of greedy answers to the original's",
@@ -156,11 +156,20 @@ def _shifts(results: Results) -> Iterator[Picture]:
         )
 
 
-def _similarity_words(values: Sequence[float]) -> str:
-    return f"{sum(values) / len(values):.3f}" if values else NA
+@dataclass(frozen=True)
+class Row:
+    """One panel of histograms: a value per prompt, their mean (None: there is none), and the mean in words."""
+
+    variant: Variant
+    values: list[float]
+    mean: float | None
+    words: str
 
 
-Row = tuple[Variant, list[float], str]
+def _similarities(shift: Shift) -> Row:
+    values = shift.similarities
+    mean = sum(values) / len(values) if values else None
+    return Row(shift.variant, values, mean, NA if mean is None else f"{mean:.3f}")
 
 
 def _histograms(rows: Sequence[Row], names: dict[str, str], top: float, unit: str) -> Callable[[], Figure]:
@@ -171,14 +180,15 @@ def histograms(rows: Sequence[Row], names: dict[str, str], top: float, unit: str
     """One panel per variant over the same axis from 0 to `top`: how many prompts, and the mean in words."""
     figure = blank(WIDTH, 0.5 + 0.82 * len(rows), len(rows))
     most = 1.0
-    for axes, (variant, values, words) in zip(figure.axes, rows, strict=True):
-        colour = COLOURS.get(variant.arm, MUTED)
+    for axes, row in zip(figure.axes, rows, strict=True):
+        colour = COLOURS.get(row.variant.arm, MUTED)
+        values = [max(0.0, value) for value in row.values]  # rounding leaves a KL of nought below the axis
         counts, _, _ = axes.hist(values, bins=BARS, range=(0, top), color=colour, alpha=0.85, rwidth=0.92)
         most = max(most, *counts)
-        if values:
-            axes.axvline(float(words.split()[0]), color="black", linewidth=1.2)
-        axes.set_title(names[variant.id], fontsize=9.5)
-        axes.set_title(f"mean {words}", loc="right", fontsize=9)
+        if row.mean is not None:
+            axes.axvline(row.mean, color="black", linewidth=1.2)
+        axes.set_title(names[row.variant.id], fontsize=9.5)
+        axes.set_title(f"mean {row.words}", loc="right", fontsize=9)
     for axes in figure.axes:
         axes.set_xlim(0, top)
         axes.set_ylim(0, 1.08 * most)

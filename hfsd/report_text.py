@@ -13,9 +13,10 @@ Table = list[list[str]]
 SHOWN_ANSWERS = 20
 SHOWN_CHARS = 1500
 SHIFT_NOTE = (
-    "KL is KL(original || variant) in nats per token, with 95% intervals over prompts; top-1 is the share of tokens "
-    "where both put the same one first. Along sampled and greedy: texts of the original's own; references: texts that "
-    "it would not say. Similarity is that of the greedy answers to the original's, in the mean over prompts."
+    "KL is KL(original || variant) in nats per token, with 95% intervals over prompts (Student's t); top-1 is the "
+    "share of tokens where both put the same one first. Along sampled and greedy: texts of the original's own; "
+    "references: texts that it would not say. Similarity is that of the greedy answers to the original's, in the mean "
+    "over prompts."
 )
 
 
@@ -68,7 +69,7 @@ def training_table(results: Results) -> Table:
         ["trained tokens", *(f"{t.tokens:,}" for t in results.training)],
         ["last loss (nats per token)", *(f"{t.losses[-1][1]:.3f}" if t.losses else "-" for t in results.training)],
         ["trained parameters", *(count(t.trained_params) for t in results.training)],
-        ["time", *(duration(t.seconds) for t in results.training)],
+        ["time of the last process", *(duration(t.seconds) for t in results.training)],
         ["peak memory of the process so far", *(size(t.peak_bytes) for t in results.training)],
     ]
 
@@ -82,17 +83,21 @@ def hyperparameters_table(results: Results) -> Table:
 
 
 def steps_table(results: Results) -> Table:
-    """Header row, then wall time per step in run order, and of all; empty where none is known."""
+    """Header row, then wall time per step in run order, and of all; empty where none is known.
+
+    A step that was killed and went on counts what its last process took.
+    """
     rows = [[step, duration(seconds)] for step, seconds in stages(results)]
-    return [["step", "wall time"], *rows, ["all", duration(sum(results.stage_seconds.values()))]] if rows else []
+    every = ["all", duration(sum(results.stage_seconds.values()))]
+    return [["step", "wall time of the last process"], *rows, every] if rows else []
 
 
 def saved(results: Results) -> str:
     """What the cut saves, in one sentence."""
-    return (
-        f"The cut saves {100 * results.param_cut:.2f}% of the parameters and {100 * results.matmul_flop_cut:.2f}% of "
-        "the matmul FLOPs per token (two different numbers: embeddings hold parameters and multiply nothing)."
-    )
+    params, flops = (f"{100 * share:.2f}%" for share in (results.param_cut, results.matmul_flop_cut))
+    # an embedding that is only looked up, norms, experts that are not asked
+    why = "" if params == flops else " (two numbers: not every parameter is multiplied with every token)"
+    return f"The cut saves {params} of the parameters and {flops} of the matmul FLOPs per token{why}."
 
 
 def facts(results: Results) -> Table:

@@ -13,6 +13,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import time
@@ -133,19 +134,19 @@ class Stage:
 
     def _as_recorded(self, name: str, seen: dict[str, Any], verify: bool) -> None:
         path, stage = self.path / name, self.name.split("/")[0]
+        root = self.path.parents[self.name.count("/")]
+        again = shlex.join(["hfsd", "run", str(root / "recipe.yaml"), "--out", str(root), "--redo", stage])
         try:
             stat = path.stat()
         except FileNotFoundError:
-            raise HfsdError(
-                f"{path} is gone since {self.name} was finished; make it again with --redo {stage}"
-            ) from None
+            raise HfsdError(f"{path} is gone since {self.name} was finished; make it again: {again}") from None
         same = stat.st_size == seen["size"] and (verify or stat.st_mtime_ns == seen["mtime_ns"])
         if same and verify:
             same = sha256(path) == seen["sha256"]
         elif not same and stat.st_size == seen["size"]:
             same = sha256(path) == seen["sha256"]  # a copied run directory keeps its bytes and loses its mtimes
         if not same:
-            raise HfsdError(f"{path} has changed since {self.name} was finished; make it again with --redo {stage}")
+            raise HfsdError(f"{path} has changed since {self.name} was finished; make it again: {again}")
 
 
 @contextmanager

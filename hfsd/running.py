@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from hfsd.findings import Cost, Draft, Estimate, Results
-from hfsd.stats import Z95
-from hfsd.units import NA, count, estimate_text, size
+from hfsd.stats import over_prompts
+from hfsd.units import NA, count, estimate_text, plural, size
+
+Exact = tuple[str, Callable[[Cost], int | None], Callable[[int], str]]  # a measure: name, number, how it is shown
 
 
-def draft_table(results: Results) -> list[list[str]]:
+def draft_table(results: Results, gammas: Sequence[int] | None = None) -> list[list[str]]:
     """Header row, then one row per variant as the original's draft model; empty where none was measured.
 
-    The columns `g=1` to `g=8` are expected tokens per pass of the original with that many drafted ones.
+    The columns `g=1` and so on are expected tokens per pass of the original with that many drafted ones.
+
+    Args:
+        gammas: the numbers of drafted tokens to tell of; None: all.
     """
     if not results.drafts:
         return []
-    gammas = sorted({gamma for draft in results.drafts for gamma in draft.tokens_per_pass})
-    head = ["variant", "acceptance %", "greedy %", *(f"g={gamma}" for gamma in gammas), "speed-up x"]
-    return [head, *(_draft(draft, gammas) for draft in results.drafts)]
+    if gammas is None:
+        gammas = sorted({gamma for draft in results.drafts for gamma in draft.tokens_per_pass})
+    head = ["variant", "acceptance %", "greedy %", *(f"g={gamma}" for gamma in gammas)]
+    return [[*head, "speed-up x [least, greatest prompt]"], *(_draft(draft, gammas) for draft in results.drafts)]
 
 
-def _draft(draft: Draft, gammas: list[int]) -> list[str]:
+def _draft(draft: Draft, gammas: Sequence[int]) -> list[str]:
     if draft.refused:
         return [draft.variant.id, *[NA] * (len(gammas) + 3)]
-    half = Z95 * draft.acceptance_stderr
-    share = Estimate(draft.acceptance, max(0.0, draft.acceptance - half), min(1.0, draft.acceptance + half))
+    share = over_prompts(draft.acceptance, draft.acceptance_stderr, draft.prompts, top=1.0)
     passes = (draft.tokens_per_pass.get(gamma) for gamma in gammas)
     return [
         draft.variant.id,
@@ -40,11 +45,13 @@ def draft_notes(results: Results) -> list[str]:
     """What stands under the draft table: the numbers, how the speed-up was measured, who is no draft and why."""
     if not results.drafts:
         return []
+    sizes = dict.fromkeys((d.prompts, d.n_tokens) for d in results.drafts if d.prompts)  # the same ones for all
+    n = "".join(f", n = {plural(prompts, 'prompt')} ({tokens:,} tokens)" for prompts, tokens in sizes)
     lines = [
         "Acceptance: mean over tokens of the original's own sampled answers of 1 - total variation, exact for sampling "
-        "(Leviathan et al. 2023), with a 95% interval over prompts. Greedy: share of tokens of the original's greedy "
-        "answers that the variant puts first. g=1 and so on: expected tokens per pass of the original with that many "
-        "drafted ones, (1 - a^(g + 1)) / (1 - a), which takes acceptances as independent."
+        f"(Leviathan et al. 2023), with a 95% interval over prompts (Student's t){n}. Greedy: share of tokens of the "
+        "original's greedy answers that the variant puts first. g=1 and so on: expected tokens per pass of the "
+        "original with that many drafted ones, (1 - a^(g + 1)) / (1 - a), which takes acceptances as independent."
     ]
     measured = dict.fromkeys(d.measured for d in results.drafts if d.measured and not d.refused)
     if len(measured) == 1:
@@ -64,12 +71,15 @@ def cost_table(results: Results) -> list[list[str]]:
     if not costs:
         return []
     speed = dict[str, Callable[[Cost], Estimate | None]](prefill=lambda c: c.prefill, decode=lambda c: c.decode)
-    exact: list[tuple[str, Callable[[Cost], int | None], Callable[[int], str]]] = [
+    kind = f" ({costs[0].dtype})" if costs[0].dtype else ""  # all are loaded in one type
+    grows_not: list[Exact] = [(f"fixed part of the cache{kind}", lambda c: c.state_bytes, size)]
+    exact: list[Exact] = [
         ("parameters", lambda c: c.params, count),
         ("matmul FLOPs per token", lambda c: c.matmul_flops, _flops),
-        ("KV cache per token", lambda c: c.kv_bytes, size),
+        (f"KV cache per token{kind}", lambda c: c.kv_bytes, size),
+        *(grows_not if any(c.state_bytes for c in costs) else []),
         ("checkpoint", lambda c: c.checkpoint_bytes, size),
-        ("peak memory of a process with this model alone", lambda c: c.peak_bytes, size),
+        (f"peak memory of a process with this model alone{kind}", lambda c: c.peak_bytes, size),
     ]
     rows = []
     for name, number, shown in exact:
@@ -94,10 +104,14 @@ def _ratio(numbers: list[int | None] | list[float | None]) -> list[str]:
 
 
 def cost_notes(results: Results) -> list[str]:
-    """What stands under the cost table: how it was measured."""
-    measured = dict.fromkeys(_end(c.measured) for c in results.costs if c.measured)
-    alone = "The arms have the pruned shape once they are merged."
-    return [alone, *(f"Measured: {how}" for how in measured)] if results.costs else []
+    """What stands under the cost table: what is not known and why, and how it was measured."""
+    if not results.costs:
+        return []
+    lines = ["The arms have the pruned shape once they are merged."]
+    if any(c.state_bytes for c in results.costs):
+        lines.append("The fixed part of the cache does not grow with the text: states, and windows once they are full.")
+    lines += dict.fromkeys(f"Cache: {_end(c.note)}" for c in results.costs if c.note)
+    return lines + [f"Measured: {how}" for how in dict.fromkeys(_end(c.measured) for c in results.costs if c.measured)]
 
 
 def _flops(n: int) -> str:

@@ -168,8 +168,7 @@ def arguments(job: Job, model: PreTrainedModel) -> dict[str, Any]:
     more = {"sdd+kd": {**KD, **job.recipe.kd}, "on-policy": job.recipe.on_policy}.get(job.arm, {})
     made = {
         **SFT,
-        # TRL checkpoints gradients by default, which costs a forward pass; on a CPU only where memory demands it.
-        "gradient_checkpointing": not on_cpu or crowded(job, model),
+        "gradient_checkpointing": checkpoints(job, model),
         "bf16": has_bf16(),
         "dataloader_pin_memory": not on_cpu,
         **job.recipe.sft,
@@ -223,6 +222,36 @@ def lora(job: Job, model: PreTrainedModel) -> Any:
         return LoraConfig(**asked)
     except (ValueError, TypeError) as error:
         raise BadRequest(f"train.lora: PEFT refuses these settings: {' '.join(str(error).split())[:300]}") from error
+
+
+def weights_dtype(job: Job) -> str:
+    """The type in which an arm's weights are loaded to be trained, such as `float32`; in 4 bits, the storage's."""
+    if job.recipe.method == "full":
+        return "float32"  # half-precision weights would swallow the small updates of a full training
+    if job.recipe.method == "qlora":
+        return "bfloat16" if has_bf16() else "float32"
+    return models.loaded_dtype(job.dtype)
+
+
+def checkpoints(job: Job, model: PreTrainedModel) -> bool:
+    """Whether an arm is trained with gradient checkpointing, which costs a forward pass.
+
+    TRL's default is to; ours, too, but on a CPU only where memory demands it.
+    """
+    default = models.device().type != "cpu" or crowded(job, model)
+    return bool(job.recipe.sft.get("gradient_checkpointing", default))
+
+
+def adapted(job: Job, model: PreTrainedModel, checkpointed: bool) -> Any:
+    """The model as an arm's trainer trains it: with its adapter, if it has one, and in training mode."""
+    from peft import get_peft_model
+
+    asked = lora(job, model)
+    tuned: Any = model if asked is None else get_peft_model(model, asked)
+    if checkpointed:
+        tuned.gradient_checkpointing_enable()
+        tuned.enable_input_require_grads()
+    return tuned.train()
 
 
 def hyperparameters(args: Any, lora_config: Any, job: Job, left_out: int) -> dict[str, Any]:

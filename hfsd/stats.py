@@ -6,9 +6,10 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from hfsd.errors import HfsdError
-from hfsd.findings import EvalRow, TaskSummary, VariantSummary
+from hfsd.findings import Estimate, EvalRow, TaskSummary, VariantSummary
 from hfsd.records import ARMS, Variant
 
 Z95 = 1.959963984540054  # two-sided 95% of the normal distribution
@@ -39,16 +40,47 @@ def wilson(value: float, n: int) -> tuple[float, float]:
 
 def is_share(metric: str, chance: float | None, higher_is_better: bool) -> bool:
     """Whether a metric is a share of documents (printed in percent, Wilson interval)."""
-    return higher_is_better and (chance is not None or metric.startswith(("acc", "exact_match", "mc")))
+    named = metric.startswith(("acc", "exact_match")) or metric in ("mc1", "mc2")  # and not mcc, a correlation
+    return higher_is_better and (chance is not None or named)
 
 
 def interval(row: EvalRow) -> tuple[float, float] | tuple[None, None]:
-    """The 95% interval of one score: Wilson for shares, else 1.96 standard errors, else none is known."""
-    if is_share(row.metric, row.chance, row.higher_is_better) and 0 <= row.value <= 1:
+    """The 95% interval of one score: Wilson for shares of documents, else 1.96 standard errors, else none is known."""
+    share = is_share(row.metric, row.chance, row.higher_is_better) and 0 <= row.value <= 1
+    if share and row.pooled:
         return wilson(row.value, row.n)
     if row.stderr is None:
         return None, None
-    return row.value - Z95 * row.stderr, row.value + Z95 * row.stderr
+    low, high = row.value - Z95 * row.stderr, row.value + Z95 * row.stderr
+    return (max(0.0, low), min(1.0, high)) if share else (low, high)
+
+
+@cache
+def t95(degrees: int) -> float:
+    """The two-sided 95% quantile of Student's t with `degrees` of freedom, at least one, found by halving."""
+    low, high = 0.0, math.pi / 2  # of the angle whose tangent is t / sqrt(degrees)
+    while low < (middle := (low + high) / 2) < high:
+        low, high = (middle, high) if _t_within(middle, degrees) < 0.95 else (low, middle)
+    return math.sqrt(degrees) * math.tan(low)
+
+
+def _t_within(angle: float, degrees: int) -> float:
+    """P(|T| < sqrt(degrees) tan(angle)), exact: Abramowitz and Stegun 26.7.3 for odd degrees, 26.7.4 for even ones."""
+    odd = degrees % 2
+    total, term = 0.0, math.cos(angle) if odd else 1.0
+    for k in range(1 + odd, degrees, 2):
+        total += term
+        term *= math.cos(angle) ** 2 * k / (k + 1)
+    series = math.sin(angle) * total
+    return 2 / math.pi * (angle + series) if odd else series
+
+
+def over_prompts(value: float, stderr: float | None, prompts: int, top: float = math.inf) -> Estimate:
+    """A mean over prompts with its 95% interval, by Student's t, within [0, top]; of a single prompt there is none."""
+    if stderr is None or prompts < 2:
+        return Estimate(value)
+    half = t95(prompts - 1) * stderr
+    return Estimate(value, max(0.0, value - half), min(top, value + half))
 
 
 def recovery(variant: float, original: float, chance: float = 0.0) -> float | None:
@@ -110,6 +142,15 @@ def over_seeds(variants: Sequence[VariantSummary]) -> list[OverSeeds]:
             )
         )
     return found
+
+
+def ratio_stderr(pairs: Sequence[tuple[float, float]]) -> float | None:
+    """Standard error of sum(a) / sum(b) over documents (Cochran, Sampling Techniques, 3rd ed., section 6.3)."""
+    n, total = len(pairs), math.fsum(b for _, b in pairs)
+    if n < 2:
+        return None
+    ratio = math.fsum(a for a, _ in pairs) / total
+    return math.sqrt(n / (n - 1) * math.fsum((a - ratio * b) ** 2 for a, b in pairs)) / total
 
 
 def average(values: Sequence[float]) -> float:

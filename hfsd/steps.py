@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hfsd import recipes, taskfiles, work
+from hfsd import fetch, recipes, taskfiles, work
 from hfsd.blocks_cut import Data
 from hfsd.recipe import Recipe
 from hfsd.records import STAGES, Variant
@@ -65,11 +65,13 @@ def steps(recipe: Recipe, root: Path) -> list[Step]:
     for v in merged(recipe):
         parts = [arms[p.id] for p in merge_parts(recipe, v)]
         arms[v.id] = add(f"merge/{v.id}", work.merge, {"data": data, "merge": blocks["merge"]}, *parts)
+    task_files = taskfiles.hashes(recipe.evaluate.data)
     untrained: dict[str, tuple[str, ...]] = {"original": (), "pruned": (cut,)}
     for v in variants(recipe):
-        scored = {"model": model, "data": data, "evaluate": _evaluate_fields(recipe, blocks, v)}
+        scored = {"model": model, "data": data, "evaluate": _evaluate_fields(recipe, blocks, v, task_files)}
         add(f"evaluate/{v.id}", work.evaluate, scored, *(untrained[v.arm] if v.arm in untrained else (arms[v.id],)))
-    compared = {"model": model, "data": data, "compare": blocks["compare"]}
+    measured = blocks["compare"] | _embedder(recipe.compare.similarity_model)
+    compared = {"model": model, "data": data, "compare": measured}
     add("compare", work.compare, compared, cut, *arms.values())
     add("report", work.report, {k: v for k, v in blocks.items() if k != "publish"}, *made)
     add("publish", work.publish, {"publish": blocks["publish"]}, "report")
@@ -129,18 +131,28 @@ def _rewrite_fields(recipe: Recipe, blocks: dict[str, Any]) -> dict[str, Any]:
     from hfsd import rewrite
 
     fields = {k: v for k, v in blocks["rewrite"].items() if k not in ("endpoint", "batch_tokens")}
-    fields |= rewrite.inputs(recipe.rewrite)
+    fields |= rewrite.inputs(recipe.rewrite) | _embedder(recipe.rewrite.similarity_model)
     if recipe.rewrite.endpoint is not None:
         fields["endpoint"] = {"model": recipe.rewrite.endpoint.model}
     return fields
 
 
-def _evaluate_fields(recipe: Recipe, blocks: dict[str, Any], variant: Variant) -> dict[str, Any]:
+def _embedder(model: str | None) -> dict[str, str]:
+    """What similarities depend on beside the model's name: the files of a local one."""
+    folder = Path(model).expanduser() if model else None
+    if folder is None or not any((folder / name).is_file() for name in ("modules.json", "config.json")):
+        return {}  # none, one on the Hub, or no model there, which the stage tells
+    return {"similarity_files": fetch.contents(folder)}
+
+
+def _evaluate_fields(
+    recipe: Recipe, blocks: dict[str, Any], variant: Variant, task_files: dict[str, Any]
+) -> dict[str, Any]:
     """What scores depend on: the bytes of local files, and not where they or a server lie, or what keeps it busy."""
     left_out = ("data", "endpoint", "batch_tokens", "tensor_parallel")
     fields = {k: v for k, v in blocks["evaluate"].items() if k not in left_out}
     server = recipe.evaluate.endpoint.get(variant.id)
-    return fields | {"data": taskfiles.hashes(recipe.evaluate.data), "served_as": server.model if server else None}
+    return fields | {"data": task_files, "served_as": server.model if server else None}
 
 
 def _train_fields(blocks: dict[str, Any], variant: Variant) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import numpy
 
 from hfsd.documents import Array, Key
 from hfsd.errors import HfsdError
-from hfsd.findings import Estimate, EvalRow, Shift, TaskScore, TaskSummary, VariantSummary
+from hfsd.findings import Estimate, EvalRow, Setup, Shift, TaskScore, TaskSummary, VariantSummary
 from hfsd.paired import Draws, around, estimate, ratios
 from hfsd.records import TrainReport, Variant
 from hfsd.stats import EPSILON, average, by_arm, interval, key_of, recovery
@@ -18,7 +18,8 @@ MARGIN = 0.10  # by how much the original must beat chance for a task to say any
 # Metrics of one task that say the same thing twice; the leaderboard takes the first of these, else the first given.
 PREFERRED = ("acc_norm",)
 
-# Of a task's setup, what no variant may have of its own. Another tokenizer may bring another chat template.
+# Of a task's setup, what no variant may have of its own. Another tokenizer may bring another chat template, or none:
+# that is said under the table (`TaskSummary.remarks`).
 ASKED = ("limit", "seed", "fewshot", "engine", "data", "comparable")
 MEANS = ("mean", "recovery", "mean_of_ratios", "chance_corrected")
 
@@ -44,7 +45,7 @@ def summarise_tasks(rows: Sequence[EvalRow], draws: Draws) -> list[TaskSummary]:
         )
     for key, scored in table.items():
         _same_documents(key, ids, scored)
-    counted = _one_metric_per_task(list(table))
+    counted = _one_metric_per_task({key: scored["original"] for key, scored in table.items()})
     return [_summary(key, ids, scored, key in counted, draws.get(key, {})) for key, scored in table.items()]
 
 
@@ -144,13 +145,16 @@ def _same_documents(key: Key, ids: Sequence[str], scored: Mapping[str, EvalRow])
             raise HfsdError(f"{name}: variants differ in {field} ({values}), so their scores cannot be compared")
 
 
-def _one_metric_per_task(keys: Sequence[Key]) -> set[Key]:
-    """A task that reports several metrics or filters enters a mean once."""
+def _one_metric_per_task(originals: Mapping[Key, EvalRow]) -> set[Key]:
+    """A task that reports several metrics or filters enters a mean once: by the first that the original clears.
+
+    A strict filter that the original seldom passes does not take its task out of the mean where a flexible one says
+    something. Since the original alone is judged, the choice is the same for all variants.
+    """
     chosen: dict[str, Key] = {}
-    for key in keys:
-        best = chosen.setdefault(key[0], key)
-        if key[1] in PREFERRED and best[1] not in PREFERRED:
-            chosen[key[0]] = key
+    for key in sorted(originals, key=lambda key: key[1] not in PREFERRED):  # which keeps the order otherwise
+        if not _why_out(originals[key]):
+            chosen.setdefault(key[0], key)
     return set(chosen.values())
 
 
@@ -172,7 +176,34 @@ def _summary(
         filter=key[2],
         version=original.version,
         setup=original.setup,
+        remarks=tuple(_remarks(ids, scored)),
     )
+
+
+def _remarks(ids: Sequence[str], scored: Mapping[str, EvalRow]) -> list[str]:
+    original, said = scored["original"], []
+    if not original.pooled:
+        said.append("a mean of its tasks' scores whatever their sizes, with intervals of 1.96 standard errors")
+    ways: dict[str, list[str]] = {}
+    for i in ids:
+        ways.setdefault(_chat(scored[i].setup), []).append(i)
+    said += [f"{', '.join(who)} asked {way}" for way, who in ways.items() if len(ways) > 1]
+    cut: dict[int, list[str]] = {}
+    for i in ids:
+        cut.setdefault(scored[i].setup.truncated, []).append(i)
+    for count, who in cut.items():
+        if count:
+            of = f" of {', '.join(who)}" if len(cut) > 1 else ""
+            said.append(
+                f"{count} of {original.n} documents{of} were longer than the model reads and lost their beginning"
+            )
+    return said
+
+
+def _chat(setup: Setup) -> str:
+    if not setup.chat_template:
+        return "without a chat template"
+    return f"in the chat template, {'each shot a turn' if setup.multiturn else 'all shots in one turn'}"
 
 
 def _score(row: EvalRow, original: EvalRow, draws: Mapping[str, Array]) -> TaskScore:
@@ -197,6 +228,8 @@ def _why_out(original: EvalRow) -> str:
     score, chance = f"{100 * original.value:.1f}%", f"{100 * original.chance:.1f}%"
     if original.value - original.chance < MARGIN - EPSILON:
         return f"the original scores {score}, less than {100 * MARGIN:.0f} points above chance ({chance})"
-    if low is None or low <= original.chance:
+    if low is None:
+        return f"the original's {score} has no interval that could be clear of chance ({chance})"
+    if low <= original.chance:
         return f"the original's {score} has a 95% interval that is not clear of chance ({chance}) at n = {original.n}"
     return ""

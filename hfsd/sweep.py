@@ -7,6 +7,7 @@ two curves is run once.
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -27,6 +28,7 @@ from hfsd.plain import dumps
 from hfsd.recipe import Recipe
 from hfsd.rundir import DONE, Stage, append_log, link_or_copy, lock, new_folder, read_json, write_atomic, write_manifest
 from hfsd.steps import Step, steps, up_to
+from hfsd.text import setups
 from hfsd.units import plural
 
 __all__ = ["SweepResult", "parse", "planned", "run", "text"]
@@ -38,11 +40,12 @@ WEIGHTS = ".safetensors"
 
 @dataclass(frozen=True)
 class Run:
-    """One value of a field: the recipe of its run, and where that lies."""
+    """One value of a field: the recipe of its run, the `--set`s that make it of the sweep's own, and where it lies."""
 
     name: str
     value: str
     recipe: Recipe
+    sets: list[str]
     folder: Path
 
 
@@ -68,6 +71,7 @@ def run(
     root = Path(out) if out is not None else Path("runs") / f"{base.name}-sweep"
     found = planned(base, over, root)
     runs = _distinct(found)
+    asked = ["hfsd", "run", str(name_or_path), *(part for one in sets or [] for part in ("--set", one))]
     first = processes.rank() == 0
     processes.same(lambda: _preflight(runs))
     with lock(root) if first else nullcontext():
@@ -75,7 +79,7 @@ def run(
             pipeline.write_recipe(base, source, root)
         for at, one in enumerate(runs, 1):
             _say(f"point {at} of {len(runs)}: {one.name}")
-            with _named(one):
+            with _named(one, asked):
                 if first:
                     _take(one, [Path("runs") / base.name, *sorted(root.glob("*=*"))])
                 pipeline.run(one.recipe, out=one.folder, until=LAST)
@@ -102,10 +106,10 @@ def planned(base: Recipe, over: Sequence[str], root: Path) -> dict[str, list[Run
             if field in found:
                 raise BadRequest(f"--over {item}: {field} is swept twice; give all of its values at once")
             found[field] = []
-            for value, recipe in _recipes(base, field, values):
+            for value, recipe, sets in _recipes(base, field, values):
                 name = f"{field}={value}"
                 folder = folders.setdefault(dumps(recipes.dump(recipe)), root / quote(name, safe="=,:+"))
-                found[field].append(Run(name, value, recipe, folder))
+                found[field].append(Run(name, value, recipe, sets, folder))
         except BadRequest as error:
             faults += str(error).splitlines()
     if not over:
@@ -150,22 +154,23 @@ def parse(item: str) -> tuple[str, list[str]]:
     return field, values
 
 
-def _recipes(base: Recipe, field: str, values: Sequence[str]) -> list[tuple[str, Recipe]]:
-    """The recipe at each value; every fault at once."""
+def _recipes(base: Recipe, field: str, values: Sequence[str]) -> list[tuple[str, Recipe, list[str]]]:
+    """The recipe at each value, and the `--set`s that make it; every fault at once."""
     if field.split(".")[0] in NO_CURVE:
         raise BadRequest(f"--over {field}: changes no score, so that there is no curve over it")
-    found: list[tuple[str, Recipe]] = []
+    found: list[tuple[str, Recipe, list[str]]] = []
     faults: list[str] = []
     for value in values:
         plain = recipes.dump(base)
+        sets = [f"{f}={value}" for f in _fields(field, plain)]
         try:
-            recipe = recipes.validate(plain, f"--over {field}", [f"{f}={value}" for f in _fields(field, plain)])
+            recipe = recipes.validate(plain, f"--over {field}", sets)
         except BadRequest as error:
             faults += [line.replace("--set", "--over", 1) for line in str(error).splitlines()]
             continue
-        if same := next((other for other, known in found if known == recipe), None):
+        if same := next((other for other, known, _ in found if known == recipe), None):
             faults.append(f"--over {field}: {same} and {value} are the same value")
-        found.append((value, recipe))
+        found.append((value, recipe, sets))
     if faults:
         raise BadRequest("\n".join(dict.fromkeys(faults)))
     return found
@@ -196,12 +201,21 @@ def _preflight(runs: Sequence[Run]) -> None:
 
 
 @contextmanager
-def _named(one: Run) -> Iterator[None]:
-    """Says at which point something failed."""
+def _named(one: Run, asked: Sequence[str]) -> Iterator[None]:
+    """Says at which point something failed and, where a stage is to be made again, which command has `--redo`.
+
+    Args:
+        asked: the command of the base recipe's own run.
+    """
     try:
         yield
     except HfsdError as error:
-        raise type(error)("\n".join(f"{one.name}: {line}" for line in str(error).splitlines())) from error
+        told = "\n".join(f"{one.name}: {line}" for line in str(error).splitlines())
+        if "--redo" in told and "hfsd run" not in told:
+            own = [part for line in one.sets for part in ("--set", line)]
+            command = shlex.join([*asked, *own, "--out", str(one.folder), "--until", LAST])
+            told += f"; a sweep has no --redo, the point's own run has: {command} --redo STAGE"
+        raise type(error)(told) from error
     except Exception as error:
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
         raise HfsdError(f"{one.name}: {why}; --debug shows where") from error
@@ -268,6 +282,7 @@ def _point(one: Run, field: str, results: Results) -> Point:
         asked=f"mean of {plural(len(tasks), 'task')}, {at_n(tasks)} each" if tasks else "no task counts",
         marks=[Mark(v.variant, v.mean, v.recovery) for v in results.variants],
         note=note,
+        setups=setups(results),
     )
 
 

@@ -49,6 +49,15 @@ def hashes(given: Mapping[str, TaskFiles]) -> dict[str, Any]:
     }
 
 
+def count(task: str, files: TaskFiles) -> int:
+    """Rows of the file that stands in the place of a task's evaluated ones.
+
+    Raises:
+        BadRequest: it cannot be read, or has no rows.
+    """
+    return len(_read(task, "test", _files(files)["test"]))
+
+
 @contextmanager
 def in_place_of_data(names: Sequence[str], given: Mapping[str, TaskFiles]) -> Iterator[None]:
     """While tasks are loaded: these take the rows of files, and where another's data is missing, one line says so.
@@ -62,11 +71,13 @@ def in_place_of_data(names: Sequence[str], given: Mapping[str, TaskFiles]) -> It
     """
     from lm_eval.api.task import ConfigurableTask
 
-    own = ConfigurableTask.download
-    current: list[Any] = [None]
+    build, own = ConfigurableTask.__init__, ConfigurableTask.download
+
+    def init(self: Any, *args: Any, **options: Any) -> None:
+        with blamed(self, given):
+            build(self, *args, **options)
 
     def download(self: Any, dataset_kwargs: Any = None, **options: Any) -> None:
-        current[0] = self
         name = self.config.task
         if name in given:
             self.dataset = _splits(self, given[name])
@@ -76,17 +87,32 @@ def in_place_of_data(names: Sequence[str], given: Mapping[str, TaskFiles]) -> It
         except Exception as error:
             raise BadRequest(_absent(self.config, error)) from error
 
-    ConfigurableTask.download = download  # type: ignore[method-assign]
+    ConfigurableTask.__init__, ConfigurableTask.download = init, download  # type: ignore[method-assign]
+    try:
+        yield
+    except HfsdError:
+        raise
+    except Exception as error:  # before there is a task to blame
+        raise BadRequest(f"{', '.join(names)}: lm-eval cannot load it: {_brief(error)}") from error
+    finally:
+        ConfigurableTask.__init__, ConfigurableTask.download = build, own  # type: ignore[method-assign]
+
+
+@contextmanager
+def blamed(task: Any, given: Mapping[str, TaskFiles]) -> Iterator[None]:
+    """What fails in the block is this task's, or its local file's, in one line.
+
+    Raises:
+        BadRequest: something failed.
+    """
     try:
         yield
     except HfsdError:
         raise
     except Exception as error:
-        task = current[0]
-        why = _unfit(task, given, error) if task else f"{', '.join(names)}: lm-eval cannot load it: {_brief(error)}"
-        raise BadRequest(why) from error
-    finally:
-        ConfigurableTask.download = own  # type: ignore[method-assign]
+        if task.config is None:  # nothing of it is known
+            raise
+        raise BadRequest(_unfit(task, given, error)) from error
 
 
 def divide(task: Any, files: TaskFiles, shots: int, limit: int | None) -> Local:
@@ -128,11 +154,9 @@ def divide(task: Any, files: TaskFiles, shots: int, limit: int | None) -> Local:
             f"evaluate.data.{name}.{source}: {len(pool)} rows serve as shots, too few for {shots}; give more rows, or "
             "fewer evaluate.shots"
         )
-    try:  # its columns are seen now, and not at the first question
-        task.doc_to_text(pool[0], task.fewshot_cfg.doc_to_text)
-        task.doc_to_target(pool[0], task.fewshot_cfg.doc_to_target)
-    except Exception as error:
-        raise BadRequest(_unfit(task, {name: files}, error)) from error
+    # its columns are seen now, and not at the first question
+    task.doc_to_text(pool[0], task.fewshot_cfg.doc_to_text)
+    task.doc_to_target(pool[0], task.fewshot_cfg.doc_to_target)
     return Local(text, files.fewshot is not None, recorded)
 
 
@@ -186,7 +210,8 @@ def _absent(config: Any, error: Exception) -> str:
 
 def _unfit(task: Any, given: Mapping[str, TaskFiles], error: Exception) -> str:
     name = task.config.task
-    what = "it has no documents" if isinstance(error, IndexError) else _brief(error)
+    empty = hasattr(task, "task_docs") and not len(task.task_docs)
+    what = "it has no documents" if empty else _brief(error)
     if name not in given:
         return f"{name}: lm-eval cannot load it: {what}; choose other evaluate.tasks"
     has = {k: list(_read(name, k, f).features) for k, f in _files(given[name]).items()}

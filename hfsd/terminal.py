@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from hfsd.findings import Results
     from hfsd.records import Example, Rewrite, Variant
 
+GAMMAS = (1, 4, 8)  # drafted tokens per pass of which the closing table tells; the report has all
+
 
 @contextmanager
 def spoken(debug: bool, as_json: bool) -> Iterator[Callable[..., None]]:
@@ -61,7 +63,18 @@ def print_results(results: Results, root: Path) -> None:
     from rich.table import Table
 
     from hfsd.rundir import merged_folder
-    from hfsd.text import PAIRED_NOTE, cost_table, draft_table, headline, notes, paired_table, seeds_table, table
+    from hfsd.text import (
+        PAIRED_NOTE,
+        cost_notes,
+        cost_table,
+        draft_notes,
+        draft_table,
+        headline,
+        notes,
+        paired_table,
+        seeds_table,
+        table,
+    )
 
     console = Console(highlight=False, markup=False)
     console.print(f"\n{headline(results)}\n", style="bold")
@@ -82,9 +95,15 @@ def print_results(results: Results, root: Path) -> None:
         console.print(_rich("Differences from sft", pairs))
     if results.paired:
         console.print(f"- {PAIRED_NOTE}")
-    for title, rows in (("As drafts for the original", draft_table(results)), ("Cost", cost_table(results))):
+    drafts = [list(row) for row in zip(*draft_table(results, GAMMAS), strict=True)]  # as narrow as the first table
+    for title, rows, said in (
+        ("As drafts for the original", drafts, draft_notes(results)),
+        ("Cost", cost_table(results), cost_notes(results)),
+    ):
         if rows:
-            console.print(_rich(title, [list(row) for row in zip(*rows, strict=True)] if "drafts" in title else rows))
+            console.print(_rich(title, rows))
+        for note in said:
+            console.print(f"- {note}")
     arms = [v.variant.id for v in results.variants if v.variant.arm not in ("original", "pruned")]
     print(
         f"\nreport    {root / 'report' / 'index.html'}\nmodels    {root / 'publish'}\nrecipe    {root / 'recipe.yaml'}"

@@ -22,7 +22,7 @@ from hfsd.differences import (
 from hfsd.findings import Along, Estimate, Paired, Results, Shift, TaskSummary, VariantSummary
 from hfsd.records import STAGES, Variant
 from hfsd.running import cost_notes, cost_table, draft_notes, draft_table
-from hfsd.stats import RESAMPLES, Z95, key_of, over_seeds
+from hfsd.stats import RESAMPLES, key_of, over_prompts, over_seeds
 from hfsd.trainsets import REASONS, data_sentence, reasons_table, train_set_of
 from hfsd.units import NA, count, duration, estimate_text, p_text, percent, plural, size
 
@@ -56,6 +56,7 @@ __all__ = [
     "recovery_text",
     "score_text",
     "seeds_table",
+    "setups",
     "size",
     "stages",
     "table",
@@ -66,8 +67,7 @@ __all__ = [
 
 def kl_text(along: Along) -> str:
     """KL from the original in nats per token, with its 95% interval over prompts."""
-    half = Z95 * along.kl_stderr
-    return estimate_text(Estimate(along.kl, max(0.0, along.kl - half), along.kl + half), places=3)
+    return estimate_text(over_prompts(along.kl, along.kl_stderr, along.prompts), places=3)
 
 
 def table(results: Results) -> list[list[str]]:
@@ -105,28 +105,33 @@ def _against_itself(line: VariantSummary, found: Estimate | None) -> str:
 
 def notes(results: Results) -> list[str]:
     """What stands under the table: how every task was asked, which ones do not count and why, what the numbers are."""
-    asked = [_asked(task) for task in results.tasks]
-    # what all tasks share is said once; a task without shots has nothing to say of them
-    alike = [{parts[at] for parts in asked} - {""} for at in range(len(asked[0]))]
-    lines = []
-    for task, parts in zip(results.tasks, asked, strict=True):
-        lines.append(
-            _task_note(results, task, [p for p, all_ in zip(parts, alike, strict=True) if p and len(all_) > 1])
-        )
-    common = [part for parts in alike if len(parts) == 1 for part in parts]
-    lines.append(f"All tasks: {', '.join(common)}.")
+    lines = setups(results)
     lines.append(
-        "In brackets: 95% intervals. A score's is Wilson's, as if other documents had been asked, and the mean's is "
-        "made of its tasks'. Recovery is the variant's mean over the original's, chance-corrected takes chance from "
-        f"both before; their intervals are of a paired bootstrap over documents ({RESAMPLES:,} draws; tasks with the "
-        "same documents are drawn together)."
+        "In brackets: 95% intervals. A score's is as if other documents had been asked (Wilson's for shares, 1.96 "
+        "standard errors otherwise), and the mean's is made of its tasks'. Recovery is the variant's mean over the "
+        "original's, chance-corrected takes chance from both before; their intervals are of a paired bootstrap over "
+        f"documents ({RESAMPLES:,} draws; tasks with the same documents are drawn together)."
     )
     if len(counted(results)) > 1:
         lines += _of_each(results, "Mean of the tasks' own recoveries instead, in percent", lambda v: v.mean_of_ratios)
-    if unknown := [label(results, t) for t in results.tasks if _unpaired(t)]:
+    known = {(p.task, p.metric, p.filter) for p in results.paired}
+    unknown = [label(results, t) for t in results.tasks if key_of(t) not in known]
+    if unknown and len(results.variants) > 1:
         lines.append(f"{', '.join(unknown)}: no paired interval, since the score is no mean over documents.")
     lines += _shift_notes([line.shift for line in results.variants if line.shift])
     return lines
+
+
+def setups(results: Results) -> list[str]:
+    """How every task was asked, and why it does not count where it does not; then what all tasks share, said once."""
+    asked = [_asked(task) for task in results.tasks]
+    alike = [set(parts) - {""} for parts in zip(*asked, strict=True)]  # a task without shots says nothing of them
+    lines = []
+    for task, parts in zip(results.tasks, asked, strict=True):
+        own = [part for part, all_ in zip(parts, alike, strict=True) if part and len(all_) > 1]
+        lines.append(_task_note(results, task, own))
+    common = [part for parts in alike if len(parts) == 1 for part in parts]
+    return [*lines, f"All tasks: {', '.join(common)}."] if common else lines
 
 
 def _task_note(results: Results, task: TaskSummary, asked: Sequence[str]) -> str:
@@ -135,7 +140,8 @@ def _task_note(results: Results, task: TaskSummary, asked: Sequence[str]) -> str
     facts += [*asked, *([f"local data: {task.setup.data}"] if task.setup.data else [])]
     verdict = "counts in the mean" if task.in_mean else f"not in the mean: {task.note}"
     kept_apart = "" if task.setup.comparable else "; not comparable with the leaderboard"
-    return f"{label(results, task)}: {', '.join(facts)}; {verdict}{kept_apart}."
+    remarks = "".join(f"; {remark}" for remark in task.remarks)
+    return f"{label(results, task)}: {', '.join(facts)}; {verdict}{kept_apart}{remarks}."
 
 
 def _asked(task: TaskSummary) -> tuple[str, ...]:
@@ -155,12 +161,6 @@ def _asked(task: TaskSummary) -> tuple[str, ...]:
     )
 
 
-def _unpaired(task: TaskSummary) -> bool:
-    """Whether a task's documents are not known, seen by the original's recovery, which has an interval otherwise."""
-    found = task.scores["original"].recovery
-    return found is not None and found.low is None
-
-
 def _of_each(results: Results, what: str, number: Callable[[VariantSummary], Estimate | None]) -> list[str]:
     told = [
         f"{line.variant.id} {estimate_text(number(line))}"
@@ -178,13 +178,14 @@ def _shift_notes(shifts: Sequence[Shift]) -> list[str]:
     tokens = f"{first.references.n_tokens:,} tokens"
     references = "; ".join(f"{s.variant.id} {kl_text(s.references)}" for s in shifts)
     return [
-        f"KL is KL(original || variant) per token along the original's own sampled answers to {along}.",
+        f"KL is KL(original || variant) per token along the original's own sampled answers to {along}; its intervals "
+        "are over prompts (Student's t).",
         f"KL along the references, which the original would not say ({tokens}): {references}.",
     ]
 
 
 def cut_text(results: Results) -> str:
-    """`4 of 30 blocks (10.5% of the parameters, 13.3% of the matmul FLOPs per token)`."""
+    """`6 of 32 blocks (16.30% of the parameters, 17.44% of the matmul FLOPs per token)`."""
     gone = len(results.plan.removed)
     return (
         f"{gone} of {results.plan.n_layers} blocks ({100 * results.param_cut:.2f}% of the parameters, "
@@ -230,7 +231,8 @@ def verdicts(results: Results, variant_id: str | None = None) -> list[str]:
     """Sentences that compare each arm with sft of its data and seed, with the pruned model, or with its parts.
 
     One sentence per pair: in the mean over the tasks that count or, where there is none, task by task. "Better" and
-    "worse" stand only where the paired difference allows it (`hfsd.paired`). With an id: only those of that variant.
+    "worse" stand only where the paired difference allows it (`hfsd.paired`). With an id: all those of that variant;
+    without, an arm that is compared with sft has one sentence, and the table has the rest.
     """
     met: dict[tuple[str, str], list[Paired]] = {}
     for found in results.paired:
@@ -238,6 +240,9 @@ def verdicts(results: Results, variant_id: str | None = None) -> list[str]:
         mine = variant_id in (None, found.first, found.second)
         if mine and found.second != "original" and first and first.variant.arm != "sft":
             met.setdefault((found.first, found.second), []).append(found)
+    if variant_id is None:
+        beside = {first for first, second in met if second != "pruned"}
+        met = {pair: found for pair, found in met.items() if pair[1] != "pruned" or pair[0] not in beside}
     return [_verdict(results, found) for found in met.values()]
 
 

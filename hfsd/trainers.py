@@ -34,11 +34,10 @@ def load(base: Path, job: Job) -> PreTrainedModel:
     from transformers import BitsAndBytesConfig
 
     attention = (job.recipe.sft.get("model_init_kwargs") or {}).get("attn_implementation")
+    dtype = settings.weights_dtype(job)
     if job.recipe.method != "qlora":
-        # half-precision weights would swallow the small updates of a full training
-        dtype = "float32" if job.recipe.method == "full" else job.dtype
         return models.load(base, dtype, job.trust_remote_code, attention=attention)
-    compute = torch.bfloat16 if settings.has_bf16() else torch.float32
+    compute = getattr(torch, dtype)
     four_bits = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",  # with double quantisation: the QLoRA paper's (arXiv 2305.14314)
@@ -46,7 +45,6 @@ def load(base: Path, job: Job) -> PreTrainedModel:
         bnb_4bit_compute_dtype=compute,
         bnb_4bit_quant_storage=compute,  # the storage that FSDP can shard
     )
-    dtype = str(compute).removeprefix("torch.")
     return models.load(base, dtype, job.trust_remote_code, attention=attention, quantization=four_bits)
 
 

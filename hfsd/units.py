@@ -1,6 +1,8 @@
-"""Numbers as text: parameters, bytes, times, shares, and estimates with their 95% intervals."""
+"""Numbers as text: parameters, bytes, times, shares, estimates with their 95% intervals; and columns of text."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from hfsd.findings import Estimate
 
@@ -62,6 +64,12 @@ def estimate_text(found: Estimate | None, scale: float = 1.0, places: int = 1, s
 
     bounds = "no interval" if found.low is None or found.high is None else f"{number(found.low)}, {number(found.high)}"
     return f"{number(found.value)}{unit} [{bounds}]"
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """A line per row: columns as wide as their widest cell, two spaces apart."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def p_text(p: float) -> str:

@@ -189,7 +189,7 @@ def report(work: Session, stage: Stage) -> dict[str, Any]:
         merges={
             v.id: load(MergeReport, root / "merge" / v.id / "merge.json") for v in work.variants if v.arm == "merged"
         },
-        stage_seconds=stage_seconds(root, [v.id for v in work.variants]),
+        stage_seconds=stage_seconds(root, list(stage.inputs)),
         matmul_flop_cut=cut.matmul_flop_cut,
         param_cut=1 - cut.params / cut.original_params,
         facts=_card_facts(work),
@@ -212,14 +212,9 @@ def scores(root: Path, variants: list[Variant]) -> list[EvalRow]:
     return [from_json(EvalRow, row) for rows in found for row in rows]
 
 
-def stage_seconds(root: Path, variants: Sequence[str]) -> dict[str, float]:
-    """Wall time of every finished step, from the markers; not of variants that the recipe no longer has."""
-    found = {}
-    for marker in sorted(root.rglob(DONE)):
-        stage, _, name = marker.parent.relative_to(root).as_posix().partition("/")
-        if stage not in ("train", "merge", "evaluate") or name in variants:
-            found[f"{stage}/{name}".rstrip("/")] = float(read_json(marker)["seconds"])
-    return found
+def stage_seconds(root: Path, steps: Sequence[str]) -> dict[str, float]:
+    """Wall time of finished steps, by the name of each, from its marker: that of the process that finished it."""
+    return {name: float(read_json(root / name / DONE)["seconds"]) for name in steps}
 
 
 def _card_facts(work: Session) -> dict[str, Any]:

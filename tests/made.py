@@ -85,7 +85,8 @@ def draft(variant: Variant, acceptance: float) -> Draft:
     """A made-up draft use."""
     passes = {g: (1 - acceptance ** (g + 1)) / (1 - acceptance) for g in range(1, 9)}
     speed = Estimate(1.1, 1.0, 1.3)
-    return Draft(variant, acceptance, 0.02, acceptance + 0.1, passes, speed, "4 drafted tokens, 3 prompts of 32 tokens")
+    how = "4 drafted tokens, 3 prompts of 32 tokens"
+    return Draft(variant, acceptance, 0.02, acceptance + 0.1, passes, speed, how, prompts=8, n_tokens=300)
 
 
 COSTS = [

@@ -65,6 +65,24 @@ def test_a_cut_of_nothing_has_not_moved(model_folder: Path, tmp_path: Path) -> N
     assert draft.speedup and draft.speedup.value > 0 and "2 prompts" in draft.measured and "cpu" in draft.measured
 
 
+def test_a_generation_config_moves_nothing(model_folder: Path, tmp_path: Path) -> None:
+    penal = Path(shutil.copytree(model_folder, tmp_path / "penal"))
+    path = penal / "generation_config.json"
+    asked = {"repetition_penalty": 2.0, "no_repeat_ngram_size": 2, "min_p": 0.5, "do_sample": True, "top_k": 3}
+    path.write_text(json.dumps(json.loads(path.read_text()) | asked))
+    found = _run({"original": penal, "pruned": penal}, tmp_path / "out", WHOLE)
+    (draft,), (shift,) = found.drafts, found.shifts
+    assert draft.greedy == 1.0 and draft.measured.count("texts equal") == 1
+    assert shift == _run({"original": model_folder, "pruned": model_folder}, tmp_path / "free", WHOLE).shifts[0]
+
+
+def test_a_single_prompt_has_no_interval(folders: dict[str, Path], tmp_path: Path) -> None:
+    found = _run(folders, tmp_path, prompts=PROMPTS[:1])
+    (draft,), (shift,) = found.drafts, found.shifts
+    assert shift.sampled.kl_stderr is None and draft.acceptance_stderr is None
+    assert (draft.prompts, draft.n_tokens) == (1, shift.sampled.n_tokens)
+
+
 def test_the_shift_equals_a_plain_computation(folders: dict[str, Path], tmp_path: Path) -> None:
     found = _run(folders, tmp_path)
     (shift,), (draft,) = found.shifts, found.drafts
@@ -79,6 +97,7 @@ def test_the_shift_equals_a_plain_computation(folders: dict[str, Path], tmp_path
     (overlap, first) = (_plain(original, pruned, texts[k])[i] for k, i in (("sampled", 1), ("greedy", 2)))
     assert draft.acceptance == pytest.approx(overlap, abs=1e-4) and draft.greedy == pytest.approx(first)
     assert draft.acceptance_stderr == shift.sampled.overlap_stderr > 0
+    assert (draft.prompts, draft.n_tokens) == (3, shift.sampled.n_tokens)
     assert draft.tokens_per_pass[3] == pytest.approx(speculation.tokens_per_pass(draft.acceptance, 3))
     assert [a.id for a in found.answers] == ["p0", "p1", "p2"]
     engine = Transformers(models.load(folders["original"]), tokenizer)

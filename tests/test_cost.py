@@ -98,6 +98,7 @@ def test_the_table_of_the_design() -> None:
     assert whole.checkpoint_bytes == 2 * whole.params
     assert whole.kv_bytes == 2 * 8 * 128 * 32 * 2
     expected = {2: (7.594, 5.43, 5.81), 4: (7.158, 10.86, 11.62), 6: (6.722, 16.30, 17.44), 8: (6.285, 21.73, 23.25)}
+    expected[10] = (5.849, 27.16, 29.06)
     for n, (params, param_cut, flop_cut) in expected.items():
         cut = whole.less(blocks[:n])
         assert round(cut.params / 1e9, 3) == params
@@ -125,6 +126,9 @@ def test_a_folder_needs_no_weights_and_with_them_says_what_the_files_hold(tmp_pa
     (tmp_path / "config.json").write_text(json.dumps(half))
     assert cost.of_folder(tmp_path).checkpoint_bytes == full.checkpoint_bytes // 2
     assert full.kv_bytes is not None and cost.of_folder(tmp_path).kv_bytes == full.kv_bytes // 2
+    loaded = cost.of_folder(tmp_path, dtype="float32")  # the cache is the loaded model's, the checkpoint the config's
+    assert (loaded.kv_bytes, loaded.dtype) == (full.kv_bytes, "float32")
+    assert loaded.checkpoint_bytes == full.checkpoint_bytes // 2
 
 
 def test_a_class_without_a_cache_says_so(tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def test_means_are_over_tokens_and_spreads_over_texts() -> None:
     assert (found.prompts, found.n_tokens, found.kls) == (3, 10, [0.4, 0.2, 0.1])
     even = [0.4, 0.2, 0.9]
     assert divergence.stderr(even, [7, 7, 7]) == pytest.approx(statistics.stdev(even) / math.sqrt(3))
-    assert divergence.stderr([0.4], [7]) == 0.0
+    assert divergence.stderr([0.4], [7]) is None and divergence.along(made[:1]).kl_stderr is None
 
 
 def test_the_stated_spread_is_the_one_that_repeated_draws_show() -> None:

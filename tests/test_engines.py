@@ -27,6 +27,36 @@ def test_transformers_batches_equal_single_rows(model_folder: Path) -> None:
     assert one == two != engine.generate(asked, Sampling(10, temperature=1.0), seed=2)
 
 
+def test_answers_follow_the_model_and_not_its_generation_config(model_folder: Path) -> None:
+    import torch
+
+    model, tokenizer = models.load(model_folder), models.load_tokenizer(model_folder)
+    engine, asked = engines.Transformers(model, tokenizer), [Request("r", chat.single_turn("word"))]
+    hot = Sampling(10, temperature=1.0)
+    ((prompt, free),), warm = engine.tokens(asked, Sampling(10), 0), engine.tokens(asked, hot, 1)
+    held = model.generation_config
+    held.repetition_penalty, held.suppress_tokens, held.top_k, held.min_p = 3.0, free[:2], 2, 0.9
+    assert engine.tokens(asked, Sampling(10), 0) == [(prompt, free)] and engine.tokens(asked, hot, 1) == warm
+    assert model.generation_config is held
+    with torch.inference_mode():
+        logits = model(torch.tensor([prompt + free])).logits[0, len(prompt) - 1 : -1]
+    assert free == logits.argmax(-1).tolist()
+    held.eos_token_id = free[1]  # where a turn ends, the checkpoint does say
+    assert engine.tokens(asked, Sampling(10), 0) == [(prompt, free[: free.index(free[1]) + 1])]
+
+
+def test_an_adapter_follows_no_generation_config_either(model_folder: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    base, tokenizer = models.load(model_folder), models.load_tokenizer(model_folder)
+    tuned = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"]))
+    engine, asked = engines.Transformers(tuned, tokenizer), [Request("r", chat.single_turn("word"))]
+    free, held = engine.tokens(asked, Sampling(10), 0), base.generation_config
+    held.repetition_penalty = 3.0
+    assert engine.tokens(asked, Sampling(10), 0) == free
+    assert base.generation_config is held is tuned.generation_config
+
+
 def test_out_of_memory_halves_the_batch_and_goes_on(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 

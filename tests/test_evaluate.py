@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from hfsd import evaluate, harness, pipeline, session, steps, taskdata
+from hfsd import documents, evaluate, harness, pipeline, session, stats, steps, taskdata
 from hfsd import work as doing
 from hfsd.errors import BadRequest, HfsdError
 from hfsd.findings import EvalRow, Setup
@@ -232,26 +232,31 @@ def test_missing_data_is_told_before_the_model_is_loaded(docs: Path, tmp_path: P
     assert not (tmp_path / "out").exists()
 
 
-def test_a_group_with_an_aggregate(
-    scored: tuple[list[EvalRow], Path], model: Any, docs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def group_of(
+    docs: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, aggregate: str, right: dict[str, str] | None = None
 ) -> None:
-    """As MMLU: parts finished one by one, one row for the whole, weighted by size."""
+    """A group `both` of two tasks, of 4 and of 3 documents; in the second one's file some texts are replaced."""
     from lm_eval.tasks import TaskManager
 
-    for name, task, count in (("left", "demo_rank", 4), ("right", "demo_rank", 3)):
-        lines = (docs / f"{task}.jsonl").read_text(encoding="utf-8").splitlines()[:count]
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        config = (harness.PACKAGED / f"{task}.yaml").read_text(encoding="utf-8")
-        moved = config.replace(f"{task}.jsonl", str(tmp_path / f"{name}.jsonl")).replace(
-            f"task: {task}", f"task: {name}"
-        )
-        (tmp_path / f"{name}.yaml").write_text(moved, encoding="utf-8")
-    (tmp_path / "both.yaml").write_text(
-        "group: both\ntask: [left, right]\naggregate_metric_list: [{metric: acc, weight_by_size: true}]\n"
-        "metadata: {version: 3}\n"
+    lines = (docs / "demo_rank.jsonl").read_text(encoding="utf-8").splitlines()
+    for name, count, changes in (("left", 4, {}), ("right", 3, right or {})):
+        (folder / f"{name}.jsonl").write_text("\n".join(lines[:count]) + "\n", encoding="utf-8")
+        config = (harness.PACKAGED / "demo_rank.yaml").read_text(encoding="utf-8")
+        moves = {"demo_rank.jsonl": str(folder / f"{name}.jsonl"), "task: demo_rank": f"task: {name}", **changes}
+        for old, new in moves.items():
+            assert old in config
+            config = config.replace(old, new)
+        (folder / f"{name}.yaml").write_text(config, encoding="utf-8")
+    (folder / "both.yaml").write_text(
+        f"group: both\ntask: [left, right]\naggregate_metric_list: [{aggregate}]\nmetadata: {{version: 3}}\n"
     )
-    manager = TaskManager(include_path=tmp_path, include_defaults=False)
+    manager = TaskManager(include_path=folder, include_defaults=False)
     monkeypatch.setattr(harness, "_manager", lambda folder=None: manager)
+
+
+def test_a_group_with_an_aggregate(model: Any, docs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As MMLU: parts finished one by one, one row for the whole, weighted by size."""
+    group_of(docs, tmp_path, monkeypatch, "{metric: acc, weight_by_size: true}")
     out = tmp_path / "out"
     (row,) = run(model, docs, out, ("both",))
     left, right = (evaluate._read(out, name)[0] for name in ("left", "right"))
@@ -261,6 +266,108 @@ def test_a_group_with_an_aggregate(
     assert run(None, docs, out, ("both",)) == [row]
     (out / "both.json").unlink()
     assert run(None, docs, out, ("both",)) == [row]
+
+
+def test_a_group_that_does_not_weigh_its_tasks_is_no_share_of_documents(
+    model: Any, docs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its chance is the mean of theirs, and its interval is of its standard error."""
+    two = {"doc_to_choice: choices": "doc_to_choice: '{{choices[:2]}}'", "doc_to_target: gold": "doc_to_target: 0"}
+    group_of(docs, tmp_path, monkeypatch, "{metric: acc, weight_by_size: false}", two)
+    out = tmp_path / "out"
+    (row,) = run(model, docs, out, ("both",))
+    left, right = (evaluate._read(out, name)[0] for name in ("left", "right"))
+    assert (row.value, row.chance) == (pytest.approx((left.value + right.value) / 2), pytest.approx((0.25 + 0.5) / 2))
+    assert row.stderr == pytest.approx(math.hypot(left.stderr or 0, right.stderr or 0) / 2) and not row.pooled
+    half = 1.96 * (row.stderr or 0)
+    assert stats.interval(row) == pytest.approx((max(0, row.value - half), min(1, row.value + half)), abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("aggregate", "right"),
+    [
+        ("{metric: f1}", {}),
+        ("{metric: acc}", {"- metric: acc": "- metric: acc_norm"}),
+        ("{metric: acc}", {"num_fewshot: 0": "num_fewshot: 1"}),
+    ],
+    ids=["of a metric that no task has", "of one that not all have", "different shots"],
+)
+def test_a_group_without_a_sound_aggregate_gives_the_rows_of_its_tasks(
+    model: Any,
+    docs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    aggregate: str,
+    right: dict[str, str],
+) -> None:
+    group_of(docs, tmp_path, monkeypatch, aggregate, right)
+    out = tmp_path / "out"
+    rows = run(model, docs, out, ("both",))
+    assert [r.task for r in rows] == ["left", "right"] and not (out / "both.json").exists()
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        "original: both: its tasks differ in metrics or shots, so each counts alone"
+    )
+    assert run(None, docs, out, ("both",)) == rows
+
+
+def test_texts_that_the_model_does_not_read_whole_are_counted(model: Any, tmp_path: Path) -> None:
+    """Of 1024 positions, in requests that are scored and in those that are written; as the backend cuts them."""
+    from hfsd import lm
+
+    lengths = (1, 40, 1000)
+    rows = [{**row, "question": "x" * n} for row, n in zip(arc(3), lengths, strict=True)]
+    asked = {"arc_easy": {"test": written(tmp_path / "a.jsonl", rows)}}
+    cut: list[int] = []
+    text = lm.SharedContextLM._text
+
+    def watched(self: Any, context: list[int], continuation: list[int]) -> Any:
+        found = text(self, context, continuation)
+        cut.append(len(context) + len(continuation) - len(found.tokens))
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lm.SharedContextLM, "_text", watched)
+        one, *_ = run(model, tmp_path, tmp_path / "one", ("arc_easy",), data=asked)
+    assert (one.setup.truncated, sum(c > 0 for c in cut)) == (1, 4)
+    raw = json.loads((tmp_path / "one" / "arc_easy.json").read_text())["lm_eval"]
+    assert raw["setup"]["truncated"] == 1
+    problems = [{**row, "question": "x" * n} for row, n in zip(tiny.problems(3), (1, 40, 760), strict=True)]
+    asked = {"gsm8k": {"test": written(tmp_path / "g.jsonl", problems)}}
+    two = run(model, tmp_path, tmp_path / "two", ("gsm8k",), data=asked, shots=0)
+    assert [r.setup.truncated for r in two] == [1, 1]  # in each filter's row: 256 tokens are to be written
+
+
+@pytest.mark.parametrize("extra", [0, 1])
+def test_a_text_that_just_fits_is_not_counted(model: Any, tmp_path: Path, extra: int) -> None:
+    """The last token is predicted, and not read."""
+    lm = evaluate.in_process(model, tiny.tokenizer(), 2048)
+    whole = lm.max_length + 1 + extra
+    assert evaluate._cut(lm, ("c" * (whole - 4), "last"), "transformers") == bool(extra)
+    assert evaluate._cut(lm, ("c" * (1024 - 100 + extra), {"max_gen_toks": 100}), "transformers") == bool(extra)
+    assert not evaluate._cut(lm, ("r" * 5000,), "transformers")  # rolling
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_what_is_no_number_is_named(
+    model: Any, docs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
+    from hfsd.lm import SharedContextLM
+
+    monkeypatch.setattr(SharedContextLM, "loglikelihood", lambda self, requests, **_: [(value, False)] * len(requests))
+    first = json.loads((docs / "demo_bpb.jsonl").read_text().splitlines()[0])["id"]
+    with pytest.raises(HfsdError) as caught:
+        run(model, docs, tmp_path, ("demo_bpb",))
+    said = f"demo_bpb on original: bits_per_byte of document {first} is {value}, which is no score"
+    assert str(caught.value).startswith(said) and "run again" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_several_texts_of_a_document_are_all_kept() -> None:
+    sample = {"doc": {}, "doc_id": 7, "doc_hash": "h", "filter": "none", "metrics": ["acc"], "acc": 1.0}
+    responses = [["first", "second"], (-1.5, True), "one", ["only"]]
+    line = documents.line("original", "t", {**sample, "filtered_resps": responses})
+    assert line["responses"] == [["first", "second"], -1.5, "one", ["only"]] and line["id"] == "7"
 
 
 def test_twice_the_same_task_is_refused(model: Any, docs: Path, tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -244,19 +246,28 @@ def test_a_task_without_documents_and_one_that_cannot_be_loaded_are_one_line(
         f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {file}}}}}\ntest_split: test\n"
         "doc_to_text: question\ndoc_to_target: 0\ndoc_to_choice: '{{choices.text}}'\n"
     )
-    (tmp_path / "code.py").write_text("def none(rows):\n    return rows.select([])\n")
+    (tmp_path / "code.py").write_text(
+        "def none(rows):\n    return rows.select([])\ndef far(rows):\n    return [rows[99]]\n"
+    )
+    (tmp_path / "far.yaml").write_text(
+        f"task: far\nprocess_docs: !function code.far\noutput_type: multiple_choice\n{body}"
+    )
+    (tmp_path / "well.yaml").write_text(f"task: well\noutput_type: multiple_choice\n{body}")
+    (tmp_path / "both.yaml").write_text("group: both\ntask: [well, odd]\n")
     (tmp_path / "none.yaml").write_text(
         f"task: none\nprocess_docs: !function code.none\noutput_type: multiple_choice\n{body}"
     )
     (tmp_path / "odd.yaml").write_text(f"task: odd\noutput_type: dance\n{body}")
     manager = TaskManager(include_path=tmp_path, include_defaults=False)
     monkeypatch.setattr(harness, "_manager", lambda folder=None: manager)
-    tasks = Tasks(Evaluate(tasks=("none", "odd")), tmp_path)
+    tasks = Tasks(Evaluate(tasks=("none", "odd", "far", "both")), tmp_path)
     with pytest.raises(BadRequest) as caught:
         tasks.load(tasks.units)
-    first, second = str(caught.value).splitlines()
+    first, second, third, fourth = str(caught.value).splitlines()
     assert first == "none: lm-eval cannot load it: it has no documents; choose other evaluate.tasks"
     assert second.startswith("odd: lm-eval cannot load it: ValueError: Got invalid output_type 'dance'")
+    assert third.startswith("far: lm-eval cannot load it: IndexError")  # which is not for want of documents
+    assert fourth == second  # and not a fault of `well`, which was loaded before
 
 
 def test_a_command_line_points_to_a_file(tmp_path: Path, model_folder: Path) -> None:
@@ -335,6 +346,65 @@ def test_each_variant_needs_a_server_of_its_own() -> None:
         "evaluate.endpoint: no server for pruned, sft; each variant needs one",
         "evaluate.endpoint.prunde: the server and the model of original; each variant is another model",
     ]
+
+
+def test_a_local_file_is_hashed_once_for_all_variants(
+    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hfsd import steps
+
+    seen: list[Path] = []
+    plain = taskfiles.sha256
+    monkeypatch.setattr(taskfiles, "sha256", lambda path: seen.append(path) or plain(path))
+    file = written(tmp_path / "t.jsonl", arc(3))
+    asked = tiny.recipe(model_folder, evaluate__tasks=["arc_easy"], evaluate__data={"arc_easy": {"test": file}})
+    assert len([s for s in steps.steps(asked, tmp_path) if s.kind == "evaluate"]) == 4
+    assert seen == [Path(file)]
+
+
+def test_what_cannot_be_asked_is_told_before_a_run_begins(tmp_path: Path, model_folder: Path) -> None:
+    """And not after hours of training; a run that ends before its evaluation is not kept from it."""
+    from hfsd import pipeline
+
+    if importlib.util.find_spec("vllm"):
+        pytest.skip("vLLM is installed here")
+    few = {"arc_easy": {"test": written(tmp_path / "t.jsonl", arc(4))}}
+    plain, tokenizer = Path(shutil.copytree(model_folder, tmp_path / "model")), tiny.tokenizer()
+    (plain / "chat_template.jinja").unlink()
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(plain)
+    asked = tiny.recipe(
+        plain,
+        evaluate__tasks=["demo", "arc_easy", "piqa"],
+        evaluate__data=few,
+        evaluate__shots=4,
+        evaluate__chat_template=True,
+        evaluate__engine="vllm",
+    )
+    with pytest.raises(BadRequest) as caught:
+        pipeline.run(asked, out=tmp_path / "run")
+    vllm, template, rows, missing = str(caught.value).splitlines()
+    assert vllm.startswith("evaluate.engine: vllm needs vLLM in this environment")
+    assert template.startswith("evaluate.chat_template: the tokenizer in ") and "has no chat template" in template
+    assert "t.jsonl has 4 rows, too few for 4 shots" in rows and missing.startswith("piqa: its data set baber/piqa")
+    assert not (tmp_path / "run").exists()
+    pipeline.run(asked, out=tmp_path / "run", until="prune")
+    with pytest.raises(BadRequest, match="piqa: its data set"):  # its training is still ahead
+        pipeline.run(asked, out=tmp_path / "run")
+
+
+def test_packaged_tasks_cost_a_run_no_import(tmp_path: Path, model_folder: Path) -> None:
+    import yaml
+
+    from hfsd import recipes
+
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipes.dump(tiny.recipe(model_folder))))
+    code = (
+        f"import sys; from hfsd import pipeline; r, _ = pipeline.read({str(tmp_path / 'recipe.yaml')!r}, None);"
+        "pipeline._try_tasks(r); print([m for m in ('torch', 'datasets', 'lm_eval') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout == "[]\n", done.stderr
 
 
 def test_what_scores_depend_on_is_the_files_bytes(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -95,6 +96,16 @@ def _gguf(model_folder: Path, path: Path) -> Path:
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def test_a_gguf_that_the_cache_has_no_room_for_is_refused(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = _gguf(model_folder, tmp_path / "tiny.F32.gguf")
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(HfsdError, match=r"has 1 kB free, and tiny\.F32\.gguf takes .* kB there when it is dequantised"):
+        fetch.resolve(Model(path=str(path)))
+    assert not (tmp_path / "cache" / "hfsd" / "dequantised").exists()
 
 
 def test_gguf_is_dequantised_once_into_a_stock_folder(model_folder: Path, tmp_path: Path) -> None:

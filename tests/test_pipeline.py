@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from hfsd import pipeline
+from hfsd import pipeline, steps
 from hfsd.errors import BadRequest, HfsdError, Refusal
 from hfsd.findings import Results
 from hfsd.plain import load
@@ -54,6 +54,35 @@ def test_arms_differ_in_nothing_but_the_text(tiny_run: Path) -> None:
     assert first["fairness"] == second["fairness"] and first["steps"] == second["steps"] == 3
 
 
+def test_the_reports_times_are_those_of_the_recipes_steps(tiny_run: Path, copy: Path, model_folder: Path) -> None:
+    steps = {m.parent.relative_to(tiny_run).as_posix() for m in tiny_run.rglob("DONE.json")} - {"report", "publish"}
+    assert set(load(Results, tiny_run / "report" / "results.json").stage_seconds) == steps
+    # what an earlier recipe of the same folder left: two data sets, and a merge
+    for left in ("rewrite/old", "merge/merged-old", "train/sft-old"):
+        shutil.copytree(copy / "evaluate" / "pruned", copy / left)
+    shutil.rmtree(copy / "report")
+    pipeline.run(tiny.recipe(model_folder), out=copy, until="report")
+    assert set(load(Results, copy / "report" / "results.json").stage_seconds) == steps
+
+
+def test_a_local_embedding_model_counts_by_what_it_holds(model_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "embedder"
+    (folder / "1_Pooling").mkdir(parents=True)
+    for name, content in (("modules.json", "[]"), ("1_Pooling/config.json", "{}"), ("README.md", "x")):
+        (folder / name).write_text(content)
+    asked = tiny.recipe(model_folder, compare__similarity_model=str(folder), rewrite__similarity_model=str(folder))
+
+    def keys() -> dict[str, str]:
+        return {s.stage.name: s.stage.key for s in steps.steps(asked, tmp_path / "run")}
+
+    first = keys()
+    (folder / "README.md").write_text("y")
+    assert keys() == first
+    (folder / "1_Pooling/config.json").write_text('{"mode": "mean"}')
+    again = keys()
+    assert {n for n in first if first[n] == again[n]} == {"scan", "prune", "evaluate/original", "evaluate/pruned"}
+
+
 def test_a_finished_run_is_skipped_quickly_and_unchanged(tiny_run: Path, model_folder: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in tiny_run.rglob("*") if p.is_file() and p.name != ".lock"}
     start = time.perf_counter()
@@ -94,7 +123,7 @@ def test_verify_finds_an_output_that_changed_behind_its_marker(copy: Path, model
 
 def test_a_missing_output_is_named(copy: Path, model_folder: Path) -> None:
     (copy / "rewrite" / "reference.parquet").unlink()
-    with pytest.raises(HfsdError, match=r"reference\.parquet is gone since rewrite was finished.*--redo rewrite"):
+    with pytest.raises(HfsdError, match=r"reference\.parquet is gone since rewrite .*--out \S+ --redo rewrite"):
         pipeline.run(tiny.recipe(model_folder), out=copy)
 
 

@@ -1,40 +1,25 @@
-"""Plans from configs alone: figures, memory, disk, time, and the refusal of a run that the disk has no room for."""
+"""Plans from configs alone: figures, memory, and times."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections import namedtuple
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from hfsd import disk, memory, models, pipeline, plain, plan, settings
-from hfsd.errors import BadRequest, HfsdError
+from hfsd import memory, models, plain, plan, probe, recipes, settings
+from hfsd.errors import BadRequest
+from hfsd.probe import Line, Rates
 from hfsd.settings import Job
+from hfsd.workload import Work
 from tests import tiny
-
-Usage = namedtuple("Usage", "total used free")
 
 
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama-3.1-8B config and nothing else."""
-    from transformers import LlamaConfig
-
-    folder = tmp_path_factory.mktemp("bare") / "llama-3.1-8b"
-    LlamaConfig(
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        vocab_size=128256,
-        tie_word_embeddings=False,
-        dtype="bfloat16",
-    ).save_pretrained(folder)
-    return folder
+    return tiny.bare_llama8b(tmp_path_factory.mktemp("bare"))
 
 
 @pytest.fixture
@@ -43,17 +28,14 @@ def small_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "_above", lambda *_: 10**9)
 
 
-def _full(folder: Path, free: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shutil.disk_usage", lambda _: Usage(10**12, 10**12 - free, free))
-
-
 def test_the_design_s_headline_from_a_config_alone(bare: Path, small_step: None) -> None:
     made = plan.make(tiny.recipe(bare, prune__blocks=6), tokens_per_second=1000)
     told = plan.text(made)
     assert "8.030 B -> 6.722 B parameters: cut by 16.30%; matmul FLOPs per token by 17.44%" in told
     assert "131 kB" in told and "106 kB" in told  # of cache per token, 2 x 8 heads x 128 x 2 bytes x 32 or 26 blocks
     assert made.pruned[0].checkpoint_bytes == 2 * 6_721_589_248
-    assert made.lengths.source.startswith("bounds: the model has no tokenizer here")
+    assert (made.disk[0].step, made.disk[0].stays) == ("(fetch)", 2 * 8_030_261_248)
+    assert made.lengths[0].source.startswith("bounds: the model has no tokenizer here")
     assert plain.from_json(plan.Plan, json.loads(plain.dumps(made))) == made
 
 
@@ -63,7 +45,7 @@ def test_no_probe_and_no_rate_give_no_times(bare: Path, small_step: None) -> Non
 
 
 def test_a_probe_that_does_not_fit_says_so(bare: Path, small_step: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hfsd.probe._free", lambda: 10**9)
+    monkeypatch.setattr(models, "free_memory", lambda: 10**9)
     made = plan.make(tiny.recipe(bare))
     assert made.rate.startswith("no times: the probe needs 11.90 GB for a model of 2 blocks, and 1.00 GB of memory")
     assert all(t.seconds is None for t in made.times)
@@ -76,17 +58,71 @@ def test_a_stated_rate_gives_times_by_tokens_and_flops(model_folder: Path, small
     share = made.pruned[0].matmul_flops / made.original.matmul_flops
     trained = times["train"]
     assert trained.tokens is not None and trained.seconds == pytest.approx(3 * share * trained.tokens / 100, rel=0.01)
-    assert times["rewrite"].at_most and not times["scan"].at_most
-    assert made.lengths.source.startswith("counted on")
+    assert times["rewrite"].up_to and not times["scan"].up_to
+    assert "up to" in plan.text(made) and "left out: processes that start" in plan.text(made)
+    assert made.lengths[0].source.startswith("counted on")
     twice = plan.make(tiny.recipe(model_folder), tokens_per_second=200)
     assert twice.seconds == pytest.approx(made.seconds / 2)
 
 
 def test_the_probe_measures_a_tiny_model(model_folder: Path, small_step: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hfsd.probe._in_turns.__defaults__", (0.05,))  # seconds of each kind of work
-    made = plan.make(tiny.recipe(model_folder))
+    asked: list[bool] = []
+    real = settings.adapted
+    monkeypatch.setattr(settings, "adapted", lambda job, model, how: asked.append(how) or real(job, model, how))
+    made = plan.make(tiny.recipe(model_folder, train__sft__gradient_checkpointing=True))
     assert made.rate.startswith("measured here") and made.seconds > 0
     assert all(t.seconds is not None for t in made.times)
+    assert asked and all(asked)  # a step is measured with the checkpointing that the arm is trained with
+
+
+def test_times_of_known_rates() -> None:
+    rates = Rates(Line(1, 2), Line(10, 20), Line(0.5, 0.25), Line(1, 0.5), rows=3, measured="made up")
+    work = [
+        Work("scan", "original", forward=3),
+        Work("rewrite", "original", passes=2, rows=3, bound=True),
+        Work("rewrite", "original", passes=2, rows=1),
+        Work("rewrite", "original", passes=1, rows=5),
+        Work("train/sft", "pruned", trained=2),
+        Work("evaluate/sft", "pruned", forward=1),
+        Work("evaluate/sft", "pruned", unknown="the size of x is not known here"),
+        Work("evaluate/other", "pruned", unknown="no"),
+    ]
+    times, rate = plan._times(work, {"original": 6, "pruned": 4}, {}, None, lambda: rates)
+    found = {t.step: t for t in times}
+    assert found["scan"].seconds == 3 * (1 + 2 * 6)
+    # a pass of one row takes 2 s, of three 4 s: so each further row 1 s
+    assert found["rewrite"].seconds == 2 * 4 + 2 * 2 + 6 and found["rewrite"].up_to
+    assert found["rewrite"].tokens == 2 * 3 + 2 + 5
+    assert found["train/sft"].seconds == 2 * (10 + 20 * 4)
+    assert found["evaluate/sft"].seconds == 1 + 2 * 4 and found["evaluate/sft"].partly
+    assert found["evaluate/other"].seconds is None and found["evaluate/other"].note == "no"
+    assert rate == "made up"
+
+
+def _job(folder: Path) -> Job:
+    return Job("sft", 0, tiny.recipe(folder).train, 0, Path("."), longest=64)
+
+
+def test_the_probe_keeps_to_the_model_s_positions(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import GPT2Config
+
+    monkeypatch.setattr("hfsd.probe._in_turns.__defaults__", (0.01,))
+    config = GPT2Config(n_layer=2, n_head=2, n_embd=32, n_positions=128, vocab_size=tiny.VOCABULARY)
+    found = probe.run(config, _job(model_folder), 2, 5000, checkpointed=False)
+    assert found.single.at(2) > 0 and "behind 96 tokens" in found.measured
+
+
+def test_a_class_that_cannot_be_probed_gives_no_times(
+    model_folder: Path, small_step: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise RuntimeError("no such cache")
+
+    monkeypatch.setattr(probe, "_decode", fails)
+    monkeypatch.setattr("hfsd.probe._in_turns.__defaults__", (0.01,))
+    made = plan.make(tiny.recipe(model_folder))
+    assert made.rate.startswith("no times: llama cannot be probed (RuntimeError: no such cache)")
 
 
 def test_unlike_blocks_give_bounds(tmp_path: Path, small_step: None) -> None:
@@ -104,11 +140,11 @@ def test_unlike_blocks_give_bounds(tmp_path: Path, small_step: None) -> None:
     assert len(alone.pruned) == 1 and alone.pruned[0].params == most.params
 
 
-def _memory(folder: Path, method: str = "lora", **sft: Any) -> memory.Memory:
+def _memory(folder: Path, method: str = "lora", arm: str = "sft", dtype: str = "auto", **sft: Any) -> memory.Memory:
     made = tiny.recipe(folder, train__method=method, **({"train__lora": {}} if method == "full" else {}))
     train = made.train.model_copy(update={"sft": {**made.train.sft, **sft}})
     config = models.load_config(folder)
-    return memory.of_arm(Job("sft", 0, train, 0, Path("."), longest=64), config, config)
+    return memory.of_arm(Job(arm, 0, train, 0, Path("."), dtype, longest=64), config, config)
 
 
 def test_memory_of_few_blocks_extrapolates_to_that_of_all(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,52 +178,8 @@ def test_memory_by_method(model_folder: Path) -> None:
     assert lora.optimizer == 8 * lora.trained_params and 0 < lora.trained_params < whole
     checkpointed = _memory(model_folder, gradient_checkpointing=True)
     assert checkpointed.checkpointing and (checkpointed.activations or 0) < (lora.activations or 0)
-
-
-def test_disk_of_a_plan_is_what_a_run_leaves(tiny_run: Path, model_folder: Path) -> None:
-    recipe = tiny.recipe(model_folder)
-    sizes = disk.sizes(recipe)
-    assert sizes is not None and sizes.fetched
-    adapter = next(tiny_run.glob("train/*/adapter/adapter_model.safetensors")).stat().st_size
-    names = ["prune", *(f"train/{p.name}" for p in sorted((tiny_run / "train").iterdir()))]
-    for need in disk.needs(recipe, sizes, names, tiny_run, adapter):
-        written = sum(p.stat().st_size for p in (tiny_run / need.step).rglob("*.safetensors"))
-        assert need.stays == pytest.approx(written, rel=0.05)  # headers apart, which are much of so small a file
-
-
-def test_full_training_s_checkpoints_are_counted(model_folder: Path) -> None:
-    recipe = tiny.recipe(model_folder, train__method="full", train__lora={})
-    sizes = disk.sizes(recipe)
-    assert sizes is not None
-    cut = sizes.kept(recipe, least=False)
-    need = disk.needs(recipe, sizes, ["train/sft-gsm-symbolic"], Path("runs"), None)[0]
-    assert need.passes == 3 * 3 * 4 * cut.params + 4 * cut.params  # 3 at a time, and the last weights
-
-
-def test_a_run_that_the_disk_has_no_room_for_is_refused(
-    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    recipe = tiny.recipe(model_folder)
-    sizes = disk.sizes(recipe)
-    assert sizes is not None
-    needed = 3 * sizes.kept(recipe, least=True).bytes  # the cut, and two arms merged
-    _full(tmp_path, needed - 1, monkeypatch)
-    with pytest.raises(HfsdError, match=r"free, and this run needs at least .* there \(prune .*, train/sft.*--out"):
-        pipeline.run(recipe, out=tmp_path / "run")
-    assert not list(tmp_path.rglob("START.json"))
-
-
-def test_what_is_done_is_not_needed_again(
-    tiny_run: Path, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    recipe = tiny.recipe(model_folder)
-    _full(tmp_path, 0, monkeypatch)
-    disk.check(recipe, tiny_run, [])
-    disk.check(recipe, tiny_run, [("report", tiny_run / "report")])
-    begun = [("prune", tiny_run / "prune")]  # a killed step that left its files
-    disk.check(recipe, tiny_run, begun)
-    with pytest.raises(HfsdError, match="has 0 B free"):
-        disk.check(recipe, tmp_path, [("prune", tmp_path / "prune")])
+    taught = _memory(model_folder, "full", "sdd+kd", dtype="bfloat16")
+    assert (taught.dtype, taught.teacher) == ("float32", 2 * whole)  # the original is loaded in the recipe's own type
 
 
 def test_bad_requests(model_folder: Path, tmp_path: Path) -> None:
@@ -207,3 +199,17 @@ def test_a_class_that_does_not_run_on_shapes_says_so(model_folder: Path, monkeyp
     found = _memory(model_folder)
     assert found.activations is None and found.total is None and "data-dependent" in found.note
     assert dataclasses.asdict(found)["weights"] > 0
+
+
+def test_the_command_plans_for_a_run_directory(model_folder: Path, tmp_path: Path, small_step: None) -> None:
+    import yaml
+    from typer.testing import CliRunner
+
+    from hfsd.cli import app
+
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(recipes.dump(tiny.recipe(model_folder))))
+    (tmp_path / "elsewhere").mkdir()
+    asked = ["plan", str(file), "--no-probe", "--out", str(tmp_path / "elsewhere" / "run")]
+    done = CliRunner().invoke(app, asked, catch_exceptions=False)
+    assert done.exit_code == 0 and f"disk ({tmp_path / 'elsewhere'} has" in done.output

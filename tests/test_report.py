@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hfsd import figures, markdown, page, plain, records, report, report_text, score_figures, text
+from hfsd import figures, markdown, page, plain, records, report, report_figures, report_text, score_figures, text
 from hfsd.findings import Results
 from hfsd.records import BlockScores, PrunePlan, Variant
 from tests.made import (
@@ -48,7 +48,7 @@ def test_table_has_one_row_per_variant_with_intervals():
     assert [r[0] for r in table] == ["variant", "original", "pruned", SFT.id, DISTILLED.id]
     assert {len(r) for r in table} == {10}
     assert table[1][1] == "70.0 [63.3, 75.9]" and table[4][3] == "0.950 [0.930, 0.970]"
-    assert table[4][7:] == ["0.400 [0.204, 0.596]", "700,000", "12"]
+    assert table[4][7:] == ["0.400 [0.164, 0.636]", "700,000", "12"]
     notes = " ".join(text.notes(made()))
     assert "n = 200" in notes and "chance 25.0%" in notes and "not in the mean: lower is better" in notes
 
@@ -131,6 +131,25 @@ def test_a_reader_of_results_json_gets_the_same_report():
 
 def test_steps_of_the_cost_table_stand_in_run_order():
     assert [s for s, _ in text.stages(made())] == ["scan", "rewrite", f"train/{SFT.id}", f"train/{DISTILLED.id}"]
+
+
+def test_two_different_shares_are_explained_and_equal_ones_are_not():
+    apart = report_text.saved(made(param_cut=0.163, matmul_flop_cut=0.1744))
+    assert apart == (
+        "The cut saves 16.30% of the parameters and 17.44% of the matmul FLOPs per token (two numbers: not every "
+        "parameter is multiplied with every token)."
+    )
+    tied = report_text.saved(made(param_cut=0.10529, matmul_flop_cut=0.10531))
+    assert tied == "The cut saves 10.53% of the parameters and 10.53% of the matmul FLOPs per token."
+
+
+def test_a_histogram_shows_every_value_and_the_exact_mean():
+    row = report_figures.Row(PRUNED, [-1e-8, 0.0, 0.5, 1.0], 0.3754321, "0.375 [0.100, 0.700]")
+    nothing = report_figures.Row(SFT, [], None, "n/a")
+    shown, empty = report_figures.histograms([row, nothing], {"pruned": "pruned", SFT.id: "sft"}, 1.0, "nats").axes
+    assert sum(bar.get_height() for bar in shown.patches) == 4 and shown.patches[0].get_height() == 2
+    assert shown.lines[0].get_xdata()[0] == 0.3754321 and not empty.lines
+    assert shown.get_title(loc="right") == "mean 0.375 [0.100, 0.700]"
 
 
 def test_a_cut_given_by_hand_has_no_scan(tmp_path: Path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -58,7 +59,8 @@ def test_a_touched_file_with_the_same_bytes_is_still_done(tmp_path: Path) -> Non
     os.utime(tmp_path / "scan" / "out.json", ns=(1, 1))
     assert stage.is_done()
     (tmp_path / "scan" / "out.json").write_text("{}")
-    with pytest.raises(HfsdError, match="has changed since scan was finished"):
+    again = f"hfsd run {tmp_path}/recipe.yaml --out {tmp_path} --redo scan"
+    with pytest.raises(HfsdError, match=f"has changed since scan was finished; make it again: {re.escape(again)}$"):
         stage.is_done()
 
 

@@ -48,6 +48,36 @@ def test_a_model_that_drafts_for_itself_is_always_taken(model_folder: Path) -> N
     assert "2 prompts, 24 tokens, gamma 3" in found.said and "texts equal" in found.said
 
 
+def test_generation_configs_change_nothing(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, draft = models.load(model_folder), models.load(model_folder)
+    real, made = type(original).generate, []
+
+    def generate(self, **options):
+        out = real(self, **options)
+        if self is original:
+            made.append(out[0].tolist())
+        return out
+
+    monkeypatch.setattr(type(original), "generate", generate)
+    prompts = [(list(range(20, 30)), 12)]
+    speculation.measure(original, draft, prompts, gamma=2)
+    plain = made.copy()
+    for model in (original, draft):
+        model.generation_config.repetition_penalty, model.generation_config.suppress_tokens = 3.0, plain[-1][-3:]
+    held = original.generation_config
+    speculation.measure(original, draft, prompts, gamma=2)
+    assert made[len(plain) :] == plain and original.generation_config is held
+
+
+def test_texts_that_differ_are_counted_and_no_cause_is_made_up(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = {False: speculation._Run([1, 2], 1.0), True: speculation._Run([1, 3], 0.5)}
+    monkeypatch.setattr(speculation, "_timed", lambda original, asked, draft=None: runs[draft is not None])
+    model = models.load(model_folder)
+    assert speculation.measure(model, model, [([5], 2)] * 3, 2).said.endswith("; 3 of 3 texts differ")
+
+
 def test_another_draft_changes_no_text(model_folder: Path, tmp_path: Path) -> None:
     original, draft = models.load(model_folder), models.load(tiny.llama(tmp_path / "other", seed=5))
     found = speculation.measure(original, draft, [(list(range(20, 30)), 12)], gamma=2)

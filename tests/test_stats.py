@@ -36,6 +36,24 @@ def test_wilson_holds_the_value_and_stays_in_bounds(value, n):
     assert 0 <= low <= value + 1e-12 and value - 1e-12 <= high <= 1
 
 
+@pytest.mark.parametrize(
+    ("degrees", "quantile"),
+    # of any printed table
+    [(1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (7, 2.365), (30, 2.042), (31, 2.040), (120, 1.980)],
+)
+def test_known_quantiles_of_student(degrees, quantile):
+    assert stats.t95(degrees) == pytest.approx(quantile, abs=6e-4)
+    assert stats.Z95 < stats.t95(degrees + 1) < stats.t95(degrees)
+
+
+def test_intervals_over_prompts():
+    assert stats.over_prompts(0.5, 0.1, 8) == Estimate(
+        0.5, pytest.approx(0.26354, abs=1e-5), pytest.approx(0.73646, abs=1e-5)
+    )
+    assert stats.over_prompts(0.9, 0.1, 8, top=1.0).high == 1.0 and stats.over_prompts(0.1, 0.1, 8).low == 0.0
+    assert stats.over_prompts(0.5, None, 1) == Estimate(0.5)
+
+
 @pytest.mark.parametrize(("value", "n"), [(0.5, 0), (1.5, 10), (-0.1, 10), (math.nan, 10)])
 def test_wilson_refuses_what_is_no_share(value, n):
     with pytest.raises(HfsdError):
@@ -112,7 +130,7 @@ def test_without_documents_there_is_a_recovery_but_no_interval_and_no_verdict():
     assert results.paired == [] and text.verdicts(results) == [] and text.paired_table(results) == []
     # the mean's bounds are then the means of the tasks' bounds, as if the tasks moved together
     assert line.mean.low == pytest.approx(sum(t.scores[DISTILLED.id].low for t in results.tasks[:2]) / 2)
-    assert "tiny_match, tiny_rank: no paired interval" in " ".join(text.notes(results))
+    assert "tiny_match, tiny_rank, tiny_bpb: no paired interval" in " ".join(text.notes(results))
     assert "92.3 [no interval]" in text.table(results)[4]
     assert "not compared, since the score is no mean over documents" in text.losses(results, DISTILLED.id)[0]
 
@@ -171,6 +189,64 @@ def test_one_metric_of_a_task_counts():
     counted = {(t.task, t.metric): t.in_mean for t in results.tasks}
     assert counted == {("tiny_match", "acc"): False, ("tiny_rank", "acc"): True, ("tiny_match", "acc_norm"): True}
     assert report.table(results)[0][1] == "tiny_match acc %"
+
+
+def gsm8k(*scores: tuple[float, ...]) -> Results:
+    """Both filters of one task, the strict one first, as lm-eval gives them."""
+    filters = zip(("strict-match", "flexible-extract"), scores, strict=True)
+    return made(rows=[r for f, s in filters for r in rows({"gsm8k": s}, metric="exact_match", filter=f, chance=0.0)])
+
+
+def test_a_metric_that_the_original_does_not_clear_leaves_the_place_to_the_next() -> None:
+    results = gsm8k((0.03, 0.01, 0.02, 0.02), (0.40, 0.10, 0.20, 0.30))
+    strict, flexible = results.tasks
+    assert (strict.in_mean, flexible.in_mean) == (False, True) and "less than 10 points" in strict.note
+    assert results.variants[1].recovery.value == pytest.approx(25)
+    strict, flexible = gsm8k((0.38, 0.01, 0.02, 0.02), (0.40, 0.10, 0.20, 0.30)).tasks
+    assert (strict.in_mean, flexible.note) == (True, "another metric or filter of this task is counted")
+    # where none counts, none is said to
+    assert ["less than 10" in t.note for t in gsm8k((0.03, 0.01, 0.02, 0.02), (0.04, 0.1, 0.2, 0.3)).tasks] == [
+        True
+    ] * 2
+    preferred = rows({"t": (0.30, 0.2, 0.2, 0.2)}, metric="acc_norm") + rows({"t": (0.6, 0.4, 0.5, 0.5)})
+    assert [(t.metric, t.in_mean) for t in made(rows=preferred).tasks] == [("acc_norm", False), ("acc", True)]
+
+
+def test_a_correlation_is_no_share() -> None:
+    mcc = row(ORIGINAL, "cola", 0.4, metric="mcc", chance=None, stderr=0.1)
+    assert not stats.is_share("mcc", None, True) and stats.interval(mcc) == pytest.approx((0.204, 0.596), abs=1e-3)
+    assert all(stats.is_share(m, None, True) for m in ("acc", "acc_norm", "exact_match", "mc1", "mc2"))
+
+
+def test_a_mean_of_tasks_whatever_their_sizes_has_their_interval() -> None:
+    """Wilson's would take it for a share of all documents, of which the large tasks have most."""
+    results = made(rows=rows({"group": (0.7, 0.4, 0.5, 0.6)}, n=10_000, pooled=False, stderr=0.05), documents={})
+    (task,) = results.tasks
+    assert (task.scores["original"].low, task.scores["original"].high) == pytest.approx((0.602, 0.798), abs=1e-3)
+    assert "a mean of its tasks' scores whatever their sizes" in text.notes(results)[0]
+    high = row(ORIGINAL, "group", 0.98, pooled=False, stderr=0.05)
+    assert stats.interval(high)[1] == 1.0
+    (task,) = made(rows=rows({"group": (0.7, 0.4, 0.5, 0.6)}, pooled=False), documents={}).tasks
+    assert not task.in_mean and "no interval that could be clear of chance" in task.note
+
+
+def test_what_a_reader_has_to_know_of_a_task_is_said_under_the_table() -> None:
+    """A variant with another tokenizer may be asked in another way; what the model does not read is counted."""
+    plain, cut = Setup(), Setup(chat_template=True, multiturn=True, truncated=3)
+    setups = (cut, cut, plain, cut)
+    mine = [
+        row(r.variant, r.task, r.value, setup=s) for r, s in zip(rows({"t": (0.7, 0.4, 0.5, 0.6)}), setups, strict=True)
+    ]
+    results = made(rows=mine)
+    assert results.tasks[0].in_mean
+    said = text.notes(results)[0]
+    assert (
+        f"original, pruned, {DISTILLED.id} asked in the chat template, each shot a turn; {SFT.id} asked without" in said
+    )
+    assert f"3 of 200 documents of original, pruned, {DISTILLED.id} were longer than the model reads and lost" in said
+    all_cut = made(rows=rows({"t": (0.7, 0.4, 0.5, 0.6)}, setup=Setup(truncated=7)))
+    assert all_cut.tasks[0].remarks == ("7 of 200 documents were longer than the model reads and lost their beginning",)
+    assert made().tasks[0].remarks == ()
 
 
 @pytest.mark.parametrize(

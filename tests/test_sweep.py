@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import shutil
 import time
 from collections import Counter
@@ -220,14 +222,35 @@ def test_a_point_made_again_leaves_the_others(counted: Counted, recipe: str) -> 
 def test_a_stage_that_changed_behind_its_marker_is_not_taken(counted: Counted, recipe: str) -> None:
     ordinary = pipeline.run(recipe, until="report")
     (ordinary / "rewrite" / "stats.json").write_text("{}")
-    with pytest.raises(HfsdError, match=r"^prune.blocks=1: .*stats.json has changed since rewrite was finished"):
+    told = r"^prune.blocks=1: .*stats.json has changed since rewrite was finished; make it again: (?P<command>hfsd .*)$"
+    with pytest.raises(HfsdError, match=told) as caught:
         sweep.run(recipe, ["prune.blocks=1,3"])
+    _follow(re.search(told, str(caught.value))["command"])  # type: ignore[index]
+    sweep.run(recipe, ["prune.blocks=1,3"])
+
+
+def _follow(command: str) -> None:
+    """Runs an `hfsd run` that an error names, as far as a report."""
+    program, name, path, *options = shlex.split(command)
+    given = list(zip(options[::2], options[1::2], strict=True))
+    others = dict(given)
+    assert (program, name) == ("hfsd", "run") and set(others) <= {"--set", "--out", "--until", "--redo"}
+    sets = [value for option, value in given if option == "--set"]
+    pipeline.run(path, sets, Path(others["--out"]), others.get("--until", "report"), others["--redo"])
 
 
 def test_another_recipe_in_the_folder_is_refused_by_point(counted: Counted, recipe: str) -> None:
     sweep.run(recipe, ["prune.blocks=1,2"])
-    with pytest.raises(Refusal, match=r"^prune.blocks=1: .*temperature was 0.0 and is now 0.5"):
-        sweep.run(recipe, ["prune.blocks=1,2"], ["rewrite.temperature=0.5"])
+    sets = ["rewrite.temperature=0.5"]
+    told = r"^prune.blocks=(?P<n>\d): .*temperature was 0.0 and is now 0.5\. Add --redo"
+    for n in "12":
+        with pytest.raises(Refusal, match=told) as caught:
+            sweep.run(recipe, ["prune.blocks=1,2"], sets)
+        assert re.search(told, str(caught.value))["n"] == n  # type: ignore[index]
+        line, _, command = str(caught.value).partition("; a sweep has no --redo, the point's own run has: ")
+        assert "\n" not in line and command.startswith(f"hfsd run {recipe} --set rewrite.temperature=0.5 --set prune.")
+        _follow(command.replace("STAGE", "rewrite"))
+    sweep.run(recipe, ["prune.blocks=1,2"], sets)
 
 
 @pytest.mark.parametrize(
@@ -250,8 +273,6 @@ def test_another_recipe_in_the_folder_is_refused_by_point(counted: Counted, reci
     ],
 )
 def test_every_fault_of_over_is_told_at_once(counted: Counted, recipe: str, over: list[str], faults: list[str]) -> None:
-    import re
-
     with pytest.raises(BadRequest) as caught:
         sweep.run(recipe, over)
     lines = str(caught.value).splitlines()
@@ -320,7 +341,7 @@ def test_a_picture_has_the_values_its_units_and_the_variants_in_order() -> None:
     assert "%" in axes.get_ylabel() and axes.get_xlabel() == "training rows asked for (data.rows)"
     assert "n = 9" in axes.get_title() and "95%" in axes.get_title()
     _, labels = axes.get_legend_handles_labels()
-    assert labels == ["original (100% by definition)", "sft-b", "sft-a"]
+    assert labels == ["original (100% by definition)", "sft-a", "sft-b"]
     (axes,) = curves.picture(_curve(["64", "128"]), "tiny").axes
     assert axes.get_xscale() == "linear"
     (axes,) = curves.picture(_curve(["self", "best"]), "tiny").axes
@@ -328,18 +349,27 @@ def test_a_picture_has_the_values_its_units_and_the_variants_in_order() -> None:
 
 
 def test_tables_say_what_is_known_and_what_is_not() -> None:
-    curve = _curve(["64", "128"])
+    curve = _curve(["64", "128"], setups=["tiny_match: acc, n = 9, 5 shots.", "All tasks: limit 9 documents, seed 0."])
     result = sweep.SweepResult("tiny", "org/tiny", "runs/x", [curve])
     head, first, _ = curves.wide(curve)
     assert head[3:] == [
         "original mean %",
-        *(f"{v} {what} %" for v in ("pruned", "sft-b", "sft-a") for what in ("mean", "recovery")),
+        *(f"{v} {what} %" for v in ("pruned", "sft-a", "sft-b") for what in ("mean", "recovery")),
     ]
     assert first[:6] == ["64", "2 of 6", "5", "60.0 [50.0, 70.0]", "n/a", "n/a"]
-    assert first[6:] == ["48.0 [no interval]", "80.0 [70.0, 90.0]", "48.0 [40.0, 50.0]", "80.0 [70.0, 90.0]"]
+    assert first[6:] == ["48.0 [40.0, 50.0]", "80.0 [70.0, 90.0]", "48.0 [no interval]", "80.0 [70.0, 90.0]"]
     said = sweep.text(result)
+    for written in (said, curves.markdown(result).replace("\\", "")):
+        assert written.count("- tiny_match: acc, n = 9, 5 shots.\n") == 1
+        assert written.count("- All tasks: limit 9 documents, seed 0.\n") == 1
     assert "64         original  60.0 [50.0, 70.0]" in said and "runs/x/data.rows.png" in said
     assert "n = 9" in said and "runs/x/sweep.md" in said
+
+
+def test_what_is_asked_otherwise_at_some_points_is_said_with_their_values() -> None:
+    few, many = _curve(["4", "8"], setups=["n = 4.", "seed 0."]), _curve(["16"], setups=["n = 16.", "seed 0."])
+    curve = curves.Curve("evaluate.limit", [*few.points, *many.points], "x.png")
+    assert curve.setups == ["4, 8: n = 4.", "seed 0.", "16: n = 16."]
 
 
 def test_a_whole_sweep_shares_a_finished_run(
@@ -362,6 +392,9 @@ def test_a_whole_sweep_shares_a_finished_run(
         assert (made / adapter.relative_to(tiny_run)).read_bytes() == adapter.read_bytes()
     assert [(p.removed, p.n_layers, p.rows) for p in curve.points] == [(2, 6, 12)] * 2
     assert (root / curve.picture).read_bytes().startswith(PNG)
+    setups = "\n".join(curve.setups)
+    assert all(f"{n}: {t.task}" in setups for t in theirs.tasks for n in "34")
+    assert "4: All tasks: " in setups and "3: All tasks: " in setups and "limit 3 documents" in setups
     start = time.perf_counter()
     assert sweep.run(str(path), over) == found
     assert time.perf_counter() - start < 4

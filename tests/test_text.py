@@ -10,7 +10,7 @@ import pytest
 from hfsd import terminal, text, units
 from hfsd.findings import Estimate, Setup
 from hfsd.records import Variant
-from tests.made import COSTS, DISTILLED, GOOD, PRUNED, SETUP, SFT, VARIANTS, documents, draft, made, row, rows
+from tests.made import COSTS, DISTILLED, GOOD, PRUNED, SETUP, SFT, VARIANTS, along, documents, draft, made, row, rows
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,8 @@ def test_p_values(p, says):
 
 
 def test_the_difference_of_the_arms_has_a_sentence_of_its_own():
-    (first, second) = text.verdicts(made())
+    (first,) = text.verdicts(made())
+    second = text.verdicts(made(), DISTILLED.id)[1]
     pattern = (
         rf"{re.escape(DISTILLED.id)} - {re.escape(SFT.id)}: in the mean over 2 tasks \+7\.5 points \[[+-]\d+\.\d, "
         r"\+\d+\.\d\] \(exchange test p = 0\.\d+, n = 200\), (better|not told apart at this n); McNemar by task: "
@@ -117,11 +118,21 @@ def test_local_data_is_said_with_its_task():
 
 def test_kl_is_along_the_sampled_answers_and_the_references_are_noted():
     results = made()
-    assert [r[-3] for r in text.table(results)[1:]][1:3] == ["1.500 [1.304, 1.696]", "0.900 [0.704, 1.096]"]
+    assert [r[-3] for r in text.table(results)[1:]][1:3] == ["1.500 [1.264, 1.736]", "0.900 [0.664, 1.136]"]
     (sampled,) = [n for n in text.notes(results) if n.startswith("KL is")]
     (references,) = [n for n in text.notes(results) if n.startswith("KL along the references")]
-    assert "8 held-out prompts (300 tokens)" in sampled and "pruned 3.000 [2.804, 3.196]" in references
+    assert "8 held-out prompts (300 tokens)" in sampled and "pruned 3.000 [2.764, 3.236]" in references
     assert not [n for n in text.notes(made(shifts=[])) if n.startswith("KL")]
+
+
+def test_of_a_single_prompt_there_is_no_interval():
+    alone = replace(along(1.5), prompts=1, kl_stderr=None, overlap_stderr=None)
+    assert text.kl_text(alone) == "1.500 [no interval]"
+    assert text.kl_text(replace(alone, prompts=2, kl_stderr=0.1)) == "1.500 [0.229, 2.771]"  # t of one degree: 12.7
+    single = replace(draft(PRUNED, 0.6), prompts=1, n_tokens=9, acceptance_stderr=None)
+    results = made(drafts=[single])
+    assert text.draft_table(results)[1][1] == "60.0 [no interval]"
+    assert "(Student's t), n = 1 prompt (9 tokens)." in text.draft_notes(results)[0]
 
 
 def test_mean_of_ratios_is_noted_where_it_differs():
@@ -139,7 +150,7 @@ def test_several_seeds_are_compared_seed_by_seed():
     kept = [r for r in scores if r.variant not in (SFT, DISTILLED)] + more
     results = made(rows=kept, params=dict.fromkeys([*(v.id for v in VARIANTS), first.id, second.id, sft.id], 7))
     heads = [line.split(":")[0] for line in text.verdicts(results)]
-    assert heads == [f"{first.id} - pruned", f"{second.id} - {sft.id}", f"{second.id} - pruned"]
+    assert heads == [f"{first.id} - pruned", f"{second.id} - {sft.id}"]
     assert text.seeds_table(results)[1][:3] == ["self-distilled-tiny-data", "1, 2", "60.0 ± 0.0"]
 
 
@@ -149,14 +160,17 @@ def test_the_draft_table():
     unmeasured = replace(draft(DISTILLED, 0.8), speedup=None, measured="")
     results = made(drafts=[refused, unmeasured, told])
     table = text.draft_table(results)
-    assert table[0] == ["variant", "acceptance %", "greedy %", *(f"g={g}" for g in range(1, 9)), "speed-up x"]
+    gammas = [f"g={g}" for g in range(1, 9)]
+    assert table[0] == ["variant", "acceptance %", "greedy %", *gammas, "speed-up x [least, greatest prompt]"]
     assert (
-        table[1][:5] == ["pruned", "60.0 [56.1, 63.9]", "70.0", "1.60", "1.96"] and table[1][-1] == "1.10 [1.00, 1.30]"
+        table[1][:5] == ["pruned", "60.0 [55.3, 64.7]", "70.0", "1.60", "1.96"] and table[1][-1] == "1.10 [1.00, 1.30]"
     )
+    assert [row[3:-1] for row in text.draft_table(results, (1, 8))[:2]] == [["g=1", "g=8"], ["1.60", "2.47"]]
     assert table[2] == [SFT.id, *["n/a"] * 11] and table[3][-1] == "n/a"
     notes = text.draft_notes(results)
     assert notes[-1] == f"{SFT.id} is no draft for the original: its tokenizer is another one."
     assert notes[1] == "Speed-up: 4 drafted tokens, 3 prompts of 32 tokens."
+    assert "over prompts (Student's t), n = 8 prompts (300 tokens). Greedy" in notes[0]
     assert text.draft_table(made(drafts=[])) == [] == text.draft_notes(made(drafts=[]))
 
 
@@ -171,6 +185,20 @@ def test_the_cost_table():
     assert cells["KV cache per token"] == ["n/a"] * 3 == cells["prefill, tokens/s [least, greatest turn]"]
     assert {len(r) for r in text.cost_table(made(costs=COSTS[:1]))} == {2}
     assert text.cost_table(made(costs=[])) == [] == text.cost_notes(made(costs=[]))
+    assert "fixed part" not in str(table) and len(text.cost_notes(made())) == 2
+
+
+def test_the_cost_table_says_of_which_type_bytes_are_and_what_is_not_known():
+    told = [
+        replace(COSTS[0], dtype="bfloat16", state_bytes=4096, kv_bytes=None, note="no cache: a reason"),
+        replace(COSTS[1], dtype="bfloat16", state_bytes=2048, kv_bytes=None, note="no cache: a reason"),
+    ]
+    cells = {r[0]: r[1:] for r in text.cost_table(made(costs=told))[1:]}
+    assert cells["KV cache per token (bfloat16)"] == ["n/a"] * 3
+    assert cells["fixed part of the cache (bfloat16)"] == ["4.1 kB", "2.05 kB", "0.500 x"]
+    assert "peak memory of a process with this model alone (bfloat16)" in cells and "checkpoint" in cells
+    notes = text.cost_notes(made(costs=told))
+    assert "does not grow with the text" in notes[1] and notes[2:] == ["Cache: no cache: a reason.", "Measured: x."]
 
 
 def test_the_terminal_prints_every_table_within_80_columns(tmp_path, monkeypatch, capsys):
@@ -182,6 +210,10 @@ def test_the_terminal_prints_every_table_within_80_columns(tmp_path, monkeypatch
         line.strip() for line in shown.splitlines()
     }
     assert "As drafts for the original" in shown and "recovery %" in shown
+    flat = " ".join(shown.split())
+    for note in (*text.draft_notes(made()), *text.cost_notes(made())):
+        assert f"- {note}" in flat
+    assert "g=4" in shown and "g=5" not in shown
 
 
 def test_differences_are_from_the_original_from_sft_or_from_any_arm():

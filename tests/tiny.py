@@ -60,6 +60,24 @@ def llama(folder: Path, n_layers: int = 6, seed: int = 0, tied: bool = True) -> 
     return folder
 
 
+def bare_llama8b(root: Path) -> Path:
+    """A Llama-3.1-8B config and nothing else."""
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=128256,
+        tie_word_embeddings=False,
+        dtype="bfloat16",
+    )
+    config.save_pretrained(root / "llama-3.1-8b")
+    return root / "llama-3.1-8b"
+
+
 def problems(count: int = 40) -> list[dict[str, str]]:
     """Word problems of several templates with worked answers, in GSM8K's shape."""
     names = ("Ada", "Ben", "Cleo", "Dan", "Eve")

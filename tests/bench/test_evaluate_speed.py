@@ -21,6 +21,7 @@ pytestmark = [
     pytest.mark.skipif(not DATA, reason="HFSD_EVAL_DATA names no folder with arc_challenge.jsonl, ..."),
 ]
 SIZES = (1, 4, 8, 16)  # stock batches
+TOLERANCE = 1e-4  # nats
 ROUNDS = 2  # in which ours and the best of stock take turns, after one of all
 
 ARC = (
@@ -86,17 +87,19 @@ def beside_stock(
     least |= {which: min(least[which], seconds) for which, seconds in again.items()}
     scores = {which: found["results"][name]["acc,none"] for which, found in results.items()}
     alike = {which: nats(found, name) for which, found in results.items()}
-    apart = farthest(alike[best], alike["ours"])
+    apart = farthest(alike["stock1"], alike["ours"])  # text by text: no padding
     own = max(farthest(alike[best], alike[which]) for which in lms if which != "ours")
     ratio = least[best] / least["ours"]
     shown: list[tuple[object, ...]] = [("backend, batch", "seconds", "accuracy")]
     shown += [(which, f"{seconds:.1f}", f"{scores[which]:.4f}") for which, seconds in least.items()]
-    shown += [(f"{best} over ours", f"{ratio:.2f} x", f"log-likelihoods to {apart:.1e}")]
+    shown += [(f"{best} over ours", f"{ratio:.2f} x", "")]
+    shown += [("ours and stock, text by text", "", f"log-likelihoods to {apart:.1e}")]
     shown += [("stock's batch sizes among themselves", "", f"log-likelihoods to {own:.1e}")]
     load = " ".join(f"{x:.1f}" for x in os.getloadavg())
     table(f"{name}, {shots} shots, {documents} documents, SmolLM2-135M, float32; load {load}", shown)
     assert len(set(scores.values())) == 1
-    assert apart <= max(1e-4, own)  # of texts of 200 tokens, float32 makes stock differ from itself by more
+    # of texts of 200 tokens, float32 may make stock differ from itself by a little more
+    assert apart <= min(max(TOLERANCE, own), 2 * TOLERANCE)
     assert ratio >= at_least
 
 
