@@ -1,30 +1,30 @@
 """Cards of models, data sets and Spaces: pure functions of a run's results. No network, no torch.
 
 `facts` may hold, beside the results' own facts, which it overrides: `license`, `license_name`, `license_link`,
-`language` (code or list), `quantization` and `source` (of an original that was read from a GGUF), `limits` (sentences
-carried over from the original's card), `data_source`, `data_license`, `data_repos` (Hub ids of the source data),
-`data_commits` (commit per Hub id of source data), `data_files` (file per configuration of the data set), `machine`,
-`trust_remote_code`. What is missing is not made up.
+`language` (codes), `quantization` and `source` (of an original that was read from a GGUF), `limits` (paragraphs carried
+over from the original's card, see `hfsd.original_card`), `data_source`, `data_license`, `data_repos` (Hub ids of the
+source data), `data_commits` (commit per Hub id of source data), `data_files` (file per configuration of the data set),
+`machine`, `trust_remote_code`, `packages` and `git`. What is missing is not made up.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cache
+from pathlib import Path
 from typing import Any
 
-from hfsd import metadata, text
+from hfsd import card_text, metadata, text
 from hfsd.assets import assets
 from hfsd.errors import BadRequest
-from hfsd.findings import Results, VariantSummary
+from hfsd.findings import Results
 from hfsd.markdown import LOCAL_PATH, escape, fence, shorten, table, without_paths
-from hfsd.metadata import original_repo, repo_of, validate
-from hfsd.plain import printable
-from hfsd.records import CONFIGS, TAUGHT, TRAINED_ARMS, Example, Rewrite, TrainReport, TrainSet, Variant
+from hfsd.metadata import eval_results, original_repo, repo_of, validate
+from hfsd.records import CONFIGS, TRAINED_ARMS, Example, Rewrite
 
-__all__ = ["dataset_card", "model_card", "pictures", "space_card", "validate"]
+__all__ = ["dataset_card", "eval_results", "model_card", "pictures", "shown", "space_card", "validate"]
 
-HUB = "https://huggingface.co"
 DATA_FILES = {config: f"{config}.parquet" for config in reversed(CONFIGS)}
 MEANINGS = {
     "self-distilled": "the original's own answers, and the reference answer where the rewrite was not acceptable",
@@ -44,6 +44,7 @@ COLUMNS = [
 ]
 SHOWN_EXAMPLES = 8
 SHOWN_CHARS = 1200
+SHOWN_USED, SHOWN_NOT = 2, 1  # rows of each data set
 CITATION = """\
 @misc{thangarasa2024selfdata,
   title         = {Self-Data Distillation for Recovering Quality in Pruned Large Language Models},
@@ -80,14 +81,17 @@ def model_card(results: Results, variant_id: str, repos: Mapping[str, str], fact
     train_set = text.train_set_of(results, line.variant) if arm in TRAINED_ARMS else None
     drafted = replace(results, drafts=[d for d in results.drafts if d.variant == line.variant])
     refused = any(d.refused for d in drafted.drafts)
-    mine = text.verdicts(results, variant_id) if arm not in ("original", "pruned") else []
     return _render(
         "model",
         metadata=metadata.of_model(results, line.variant, repos, facts),
         title=repo.split("/")[-1],
         repo=repo,
-        summary=_summary(results, line, repos, facts),
-        verdicts=" ".join(mine),
+        variant=variant_id,
+        chosen=arm not in ("original", "pruned"),
+        family_repo=repos.get("pruned", "") if arm == "original" else repo,
+        summary=card_text.summary(results, line, repos, facts),
+        family=card_text.family(results, repos, variant_id),
+        verdicts=text.verdicts(results, variant_id) if arm not in ("original", "pruned") else [],
         recovery_picture=pictured[0],
         scores_picture="block_scores.png" if "block_scores.png" in pictured else "",
         table=text.table(results),
@@ -96,25 +100,39 @@ def model_card(results: Results, variant_id: str, repos: Mapping[str, str], fact
         paired_note=text.PAIRED_NOTE,
         removed="" if arm == "original" else results.plan.sentence,
         why=without_paths(results.plan.why),
+        cut_loss=card_text.cut_loss(results),
         param_cut=f"{100 * results.param_cut:.2f}",
         flop_cut=f"{100 * results.matmul_flop_cut:.2f}",
+        remote_code=bool(facts.get("trust_remote_code")),
+        adapter=_adapter(repos, variant_id, bool(report and report.adapter)),
         draft_for="" if arm == "original" or refused else original_repo(results, repos) or "",
+        drafting=card_text.drafting(drafted.drafts),
         drafts=text.draft_table(drafted),
         draft_notes=text.draft_notes(drafted),
-        data_sentence=_training_data(results, line.variant, train_set),
+        data_repo=card_text.link(repos.get("dataset"), "datasets/") if report else "",
+        data_sentence=card_text.training_data(results, line.variant, train_set),
         reasons=text.reasons_table(train_set) if train_set and arm == "self-distilled" else [],
-        training_sentence=_training_sentence(results, report) if report else "",
-        training=_hyperparameters(report) if report else [],
+        training_sentence=card_text.training(results, report) if report else "",
+        training=card_text.hyperparameters(report) if report else [],
         machine=facts.get("machine"),
-        cost=_cost(results, line, report),
+        cost=card_text.cost(results, line, report),
         running=text.cost_table(results),
         running_notes=text.cost_notes(results),
-        losses=[] if arm == "original" else text.losses(results, variant_id),
-        carried=_carried(facts, arm),
-        license_sentence=_license_sentence(facts, "the original model", "license"),
-        original=_original_name(results),
-        **_recipe(results),
+        losses=[] if arm == "original" else card_text.losses(results, variant_id),
+        limits=card_text.limits(facts, arm),
+        carried=[without_paths(str(said)) for said in facts.get("limits") or []],
+        license_sentence=card_text.license_sentence(facts, "the original model", "license"),
+        **_origin(results, facts),
     )
+
+
+def _adapter(repos: Mapping[str, str], variant_id: str, trained: bool) -> dict[str, str] | None:
+    """Where the adapter alone is, and the pruned model that it belongs on; None without either."""
+    if not trained or "pruned" not in repos:
+        return None
+    own = repos.get(f"{variant_id}/adapter")
+    place = {"repo": own, "folder": ""} if own else {"repo": repo_of(repos, variant_id), "folder": "adapter"}
+    return {**place, "base": repo_of(repos, "pruned")}
 
 
 def dataset_card(
@@ -132,38 +150,51 @@ def dataset_card(
     if not results.train_sets:
         raise BadRequest(f"run {results.name!r} has no rewritten data set to make a card for; run `hfsd rewrite` first")
     names = " and ".join(sorted(results.train_sets))
-    source = results.facts.get("data_source")
-    files = dict(results.facts.get("data_files") or DATA_FILES)
+    facts = results.facts
+    source = facts.get("data_source")
+    files = dict(facts.get("data_files") or DATA_FILES)
     meanings = DROPPED if any(s.on_reject == "drop" for s in results.train_sets.values()) else MEANINGS
-    shown = [(e, r) for e, r in examples if not LOCAL_PATH.search(f"{e.prompt}\n{e.reference}\n{r.text}")]
+    told = [(e, r) for e, r in examples if not LOCAL_PATH.search(f"{e.prompt}\n{e.reference}\n{r.text}")]
+    bare = len(results.train_sets) == 1
+    rewrites = ["rewrites.jsonl"] if bare else [f"{name}-rewrites.jsonl" for name in sorted(results.train_sets)]
     return _render(
         "dataset",
         metadata=metadata.of_dataset(results, repos, files),
         title=repo.split("/")[-1],
+        repo=repo,
+        configuration=next(iter(files)),
         summary=(
             f"The fine-tuning set {escape(names)}{f' ({escape(without_paths(source))})' if source else ''} with its "
-            f"answers rewritten by {_rewriter(results, repos)} in its own words, where the rewrite is acceptable "
-            "(self-data distillation), made to recover a pruned copy of that model."
+            f"answers rewritten by {card_text.rewriter(results, repos)} in its own words, where the rewrite is "
+            "acceptable (self-data distillation), made to recover a pruned copy of that model."
         ),
+        family=card_text.family(results, repos, "dataset"),
         data_commits=[
-            f"{_link(repo, 'datasets/')} at commit {escape(commit)}"
-            for repo, commit in sorted((results.facts.get("data_commits") or {}).items())
+            f"{card_text.link(repo, 'datasets/')} at commit {escape(commit)}"
+            for repo, commit in sorted((facts.get("data_commits") or {}).items())
         ],
         contents=[
-            *(f"configuration {escape(name)}: {_meaning(name, meanings)}" for name in files),
-            "rewrites.jsonl (of several data sets, one for each): every row's rewrite, used or not, with the reason, "
-            "tokens, engine, model and sampling",
+            *(f"configuration {name}: {_meaning(name, meanings)}" for name in files),
+            f"{' and '.join(rewrites)}: every row's rewrite, used or not, with the reason, tokens, engine, model and "
+            "sampling",
         ],
         columns=COLUMNS,
         sets=[
             (n, text.data_sentence(n, s), text.reasons_table(s), s.asked) for n, s in sorted(results.train_sets.items())
         ],
         pictures=drawn,
-        examples=[_example(e, r) for e, r in shown[:SHOWN_EXAMPLES]],
+        examples=[_example(e, r) for e, r in told[:SHOWN_EXAMPLES]],
         headline=text.headline(results),
-        license_sentence=_license_sentence(results.facts, "the source data", "data_license"),
-        **_recipe(results),
+        license_sentence=card_text.license_sentence(facts, "the source data", "data_license"),
+        model_license=facts.get("license"),
+        **_origin(results, facts),
     )
+
+
+def shown(examples: Sequence[tuple[Example, Rewrite]]) -> list[tuple[Example, Rewrite]]:
+    """The rows of a data set that its card shows: the first ones whose rewrite is used, and the first that is not."""
+    used = [pair for pair in examples if pair[1].kept]
+    return used[:SHOWN_USED] + [pair for pair in examples if not pair[1].kept][:SHOWN_NOT]
 
 
 def space_card(results: Results, repos: Mapping[str, str]) -> str:
@@ -173,14 +204,14 @@ def space_card(results: Results, repos: Mapping[str, str]) -> str:
         BadRequest: no repo for it.
     """
     repo_of(repos, "space")
-    links = [f"{escape(v.variant.id)}: {_link(repos[v.variant.id])}" for v in results.variants if v.variant.id in repos]
-    links += [f"rewritten data: {_link(repos['dataset'], 'datasets/')}"] if "dataset" in repos else []
     return _render(
         "space",
         metadata=metadata.of_space(results, repos),
         title=f"{results.name}: pruned and recovered",
+        removed=results.plan.sentence,
         headline=text.headline(results),
-        links=links,
+        family=card_text.family(results, repos, "space"),
+        license_sentence=card_text.license_sentence(results.facts, "the original model", "license"),
     )
 
 
@@ -190,10 +221,15 @@ def _meaning(name: str, meanings: Mapping[str, str]) -> str:
 
 
 def _render(template: str, **values: Any) -> str:
+    return str(_environment(assets("cards")).get_template(f"{template}.md.j2").render(citation=CITATION, **values))
+
+
+@cache  # templates are read and compiled once
+def _environment(folder: Path) -> Any:
     import jinja2
 
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(assets("cards")),
+        loader=jinja2.FileSystemLoader(folder),
         undefined=jinja2.StrictUndefined,
         autoescape=False,  # Markdown, not HTML: every value goes through a filter below
         trim_blocks=True,
@@ -201,131 +237,18 @@ def _render(template: str, **values: Any) -> str:
         keep_trailing_newline=True,
     )
     environment.filters.update(esc=escape, fence=lambda t, language="text": fence(t, language), table=table)
-    return environment.get_template(f"{template}.md.j2").render(citation=CITATION, **values)
+    return environment
 
 
-def _link(repo: str | None, kind: str = "") -> str:
-    """A link to a repo; a name without a namespace (not published yet) is no address."""
-    if not repo:
-        return ""
-    return f"[{repo}]({HUB}/{kind}{repo})" if "/" in repo else f"`{repo}`"
-
-
-def _original_name(results: Results) -> str:
-    ref = results.original
-    return without_paths(ref.repo) + (f" at {ref.revision}" if ref.revision else "")
-
-
-def _rewriter(results: Results, repos: Mapping[str, str]) -> str:
-    """The original with the commit, or the file, that it was read from. Markdown."""
-    repo, ref = original_repo(results, repos), results.original
-    if repo is None:
-        return escape(_original_name(results))
-    if repo != ref.repo:
-        return f"{_link(repo)} (read from {escape(_original_name(results))})"
-    return f"{_link(repo)} at commit {escape(ref.revision)}" if ref.revision else _link(repo)
-
-
-def _summary(results: Results, line: VariantSummary, repos: Mapping[str, str], facts: Mapping[str, Any]) -> str:
-    """One or two sentences: what the model is and how much it recovers. Markdown."""
-    arm = line.variant.arm
-    if arm == "original":
-        return _original_summary(line, facts, results)
-    base = _link(original_repo(results, repos)) or escape(_original_name(results))
-    what = f"{base} without {escape(text.cut_text(results))}"
-    score = escape(text.recovery_text(results, line))
-    if arm == "pruned":
-        return f"This is {what}, and with nothing trained after the cut. It keeps {score}."
-    data = escape(line.variant.data or "its data set")
-    how = {
-        "sft": f"fine-tuned on the reference answers of {data} as they are",
-        "self-distilled": f"fine-tuned on answers to {data} that the original rewrote in its own words "
-        "(self-data distillation)",
-        "sdd+kd": f"fine-tuned on the same rewrites of {data} towards the original's distribution over the next token "
-        "(self-data distillation with logit distillation)",
-        "on-policy": f"fine-tuned on its own answers to {data}, towards the original's distribution on them "
-        "(on-policy distillation)",
-    }.get(arm) or escape(results.merges[line.variant.id].sentence)
-    return f"This is {what}, {how}. It recovers {score}."
-
-
-def _original_summary(line: VariantSummary, facts: Mapping[str, Any], results: Results) -> str:
-    parts = [
-        f"This is the unpruned original ({text.count(line.params)} parameters) that the pruned models derive from."
-    ]
-    source = without_paths(str(facts.get("source") or _original_name(results)))
-    parts.append(f"It was read from {escape(source)}.")
-    if facts.get("quantization"):
-        parts.append(
-            f"That file is quantised: {escape(facts['quantization'])}. The dequantised weights here are not those of "
-            "the full-precision release."
-        )
-    return " ".join(parts)
-
-
-def _training_data(results: Results, variant: Variant, train_set: TrainSet | None) -> str:
-    name = variant.data or "the data set"
-    if train_set is None:
-        return f"{name}: the results hold no record of the data." if variant.arm in TRAINED_ARMS else ""
-    if variant.arm == "sft":
-        return f"{name}: {text.plural(train_set.trained_rows, 'row')} with the reference answers as they are."
-    return text.data_sentence(name, train_set)
-
-
-def _training_sentence(results: Results, report: TrainReport) -> str:
-    if not report.steps:
-        return "The adapter was not trained in this run: it was given, and merged into the pruned model."
-    others = [t.variant for t in results.training if t.fairness and t.fairness == report.fairness]
-    same = [v.id for v in others if v.id != report.variant.id and v.arm not in TAUGHT]
-    what = "Start, rows, their order and steps are" if report.variant.arm in TAUGHT else "Everything but the text is"
-    shared = f" {what} shared with {' and '.join(same)}." if same else ""
-    how = {"full": "Every weight was trained.", "dora": "A DoRA adapter, merged into the weights."}
-    how["qlora"] = "A LoRA adapter, trained on a 4-bit copy and merged into the unquantised weights."
-    return f"{how.get(report.method, 'A LoRA adapter, merged into the weights.')}{shared}"
-
-
-def _hyperparameters(report: TrainReport) -> list[list[str]]:
-    rows = [
-        ["trained parameters", text.count(report.trained_params)],
-        ["rows", f"{report.rows:,}"],
-        ["optimizer steps", f"{report.steps:,}"],
-        ["trained tokens", f"{report.tokens:,}"],
-    ]
-    told = sorted(printable(report.hyperparameters).items())
-    return [["what", "value"], *rows, *([key, without_paths(value)] for key, value in told)]
-
-
-def _cost(results: Results, line: VariantSummary, report: TrainReport | None) -> list[list[str]]:
-    rows = [["parameters", text.count(line.params)]]
-    if report:
-        rows += [["training of this variant", text.duration(report.seconds)]]
-        if report.peak_bytes:
-            rows += [["peak memory of the process, up to the end of training", text.size(report.peak_bytes)]]
-    rows += [[f"the run: {step}", text.duration(s)] for step, s in text.stages(results)]
-    return [["what", "cost"], *rows]
-
-
-def _carried(facts: Mapping[str, Any], arm: str) -> list[str]:
-    """Limits that come with the original, in plain text."""
-    lines = [without_paths(str(limit)) for limit in facts.get("limits") or []]
-    if facts.get("quantization") and arm != "original":
-        lines.append(f"The original was read from a quantised file: {facts['quantization']}.")
-    if facts.get("trust_remote_code"):
-        lines.append("The original brings code of its own (trust_remote_code), which the run was told to execute.")
-    return lines
-
-
-def _license_sentence(facts: Mapping[str, Any], whose: str, key: str) -> str:
-    if facts.get(key):
-        name = facts.get("license_name") if key == "license" else None
-        return f"Inherited from {whose}: {escape(facts[key])}{f' ({escape(name)})' if name else ''}."
-    unknown = f"The license of {whose} is not known to this run, so that none is stated here."
-    return f"{unknown} Find it out before you use this."
-
-
-def _recipe(results: Results) -> dict[str, Any]:
+def _origin(results: Results, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What every card says of where it came from; a recipe that named folders of its machine says so."""
     recipe = without_paths(results.recipe)
-    return {"recipe": recipe, "masked": recipe.strip() != results.recipe.strip()}
+    return {
+        "recipe": recipe,
+        "masked": recipe.strip() != results.recipe.strip(),
+        "original": card_text.original_name(results),
+        "made_with": card_text.made_with(facts),
+    }
 
 
 def _example(example: Example, rewrite: Rewrite) -> dict[str, str]:

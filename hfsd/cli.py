@@ -12,7 +12,7 @@ import typer
 
 from hfsd.arguments import Debug, Json, Out, RecipeArg, RunArg, Sets
 from hfsd.cli_stages import commands
-from hfsd.terminal import numbers, print_results, spoken
+from hfsd.terminal import numbers, print_results, print_table, spoken
 
 app = typer.Typer(
     help="Prune decoder blocks out of a language model and bring its quality back by self-data distillation.",
@@ -134,20 +134,72 @@ def report(run: RunArg, as_json: Json = False, debug: Debug = False) -> None:
 
 @app.command()
 def push(
-    run: RunArg,
-    to: Annotated[str, typer.Option("--to", help="Hub namespace: your name or an organisation.")],
+    run: Annotated[Path, typer.Argument(help="A finished run directory, or a checkpoint of `hfsd prune`.")],
+    to: Annotated[
+        str, typer.Option("--to", help="Hub namespace, yours or an organisation's; of a checkpoint NS/NAME.")
+    ],
     private: Annotated[bool, typer.Option("--private", help="Create private repos.")] = False,
+    only: Annotated[str | None, typer.Option("--only", help="Of models,dataset,space.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Write the folders and print the plan; send nothing.")
+    ] = False,
+    revision: Annotated[str | None, typer.Option("--revision", help="Commit to this branch (main).")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open pull requests instead of committing.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite repos that somebody else has changed.")] = False,
+    license_: Annotated[
+        str | None, typer.Option("--license", metavar="ID", help="Of original and data, where it is not known.")
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Download all of it again, load it, compare logits.")
+    ] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Upload a finished run: models with adapters, data set and Space, each with its card."""
+    """Upload a finished run: models with adapters, data set, Space and collection, each with its card."""
     with spoken(debug, as_json) as say:
-        from hfsd import pipeline
+        from hfsd import pipeline, sending
 
-        receipts = pipeline.push(run, to, private)
-        for receipt in receipts:
-            print(f"{receipt.kind:<8} {receipt.url}  {receipt.commit[:12]}")
-        say(receipts={r.repo: r.commit for r in receipts})
+        parts = tuple(part.strip() for part in only.split(",")) if only else ()
+        asked = sending.Asked(private, parts, revision, create_pr, force, license_, dry_run, verify)
+        done = pipeline.pushed(run, to, asked)
+        if dry_run:
+            print_table(sending.table(done.plan))
+            print(sending.summary(done.plan))
+        for receipt in done.receipts:
+            print(f"{receipt.kind:<10} {receipt.url}  {receipt.commit[:12]}")
+        say(plan=done.plan, receipts={r.repo: r.commit for r in done.receipts})
+
+
+@app.command(name="list")
+def list_families(
+    namespace: Annotated[str, typer.Argument(help="A user or an organisation of the Hub.")],
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """List the families of a namespace: their originals, cuts, arms and recoveries."""
+    with spoken(debug, as_json) as say:
+        from hfsd import listing
+
+        found = listing.families(namespace)
+        for line in found:
+            print(line.sentence)
+        say(families=found)
+
+
+@app.command()
+def pull(
+    name: Annotated[str, typer.Argument(help="Any repo of a family, its collection, or its address.")],
+    out: Out = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Fetch the records of a published run, for `hfsd report`. No weights."""
+    with spoken(debug, as_json) as say:
+        from hfsd import listing
+
+        root = listing.pull(name, out)
+        print(f"the records are in {root}; see {root / 'report' / 'index.html'}, or: hfsd report {root}")
+        say(run=str(root))
 
 
 @app.command()

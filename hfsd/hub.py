@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import gc
 import re
-from collections.abc import Generator, Iterator
+import sys
+import time
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 from hfsd.errors import BadRequest, HfsdError
 
+T = TypeVar("T")
 COMMIT = re.compile(r"[0-9a-f]{40}")
+WAITS = (1, 2, 4, 8, 16)  # seconds before each further try of what the client tries once
+LONGEST_WAIT = 120  # seconds that a Retry-After may ask for
+PASSING = (408, 429, 500, 502, 503, 504)
 # What a checkpoint needs: no pickles, no other frameworks' copies of the weights.
 WANTED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py", "README.md"]
 
@@ -42,7 +48,7 @@ def snapshot(repo: str, revision: str | None, subfolder: str | None = None, weig
     """
     from huggingface_hub import snapshot_download
 
-    with _spoken(f"model {repo}{f'@{revision}' if revision else ''}"):
+    with spoken(f"model {repo}{f'@{revision}' if revision else ''}"):
         wanted = [f"{subfolder}/*"] if subfolder else [w for w in WANTED if weights or w != "*.safetensors"]
         folder = Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
     return folder, folder.name  # the cache names a snapshot's folder by its commit
@@ -52,7 +58,7 @@ def file(repo: str, name: str, revision: str | None) -> Path:
     """One file of a model repo in the local cache."""
     from huggingface_hub import hf_hub_download
 
-    with _spoken(f"model {repo}{f'@{revision}' if revision else ''}"):
+    with spoken(f"model {repo}{f'@{revision}' if revision else ''}"):
         return Path(hf_hub_download(repo, name, revision=revision))
 
 
@@ -71,7 +77,7 @@ def dataset_rows(
 
     asked = {"config": config, "split": split, "revision": revision}
     what = f"dataset {source} ({', '.join(f'{k} {v}' for k, v in asked.items() if v)})"
-    with _spoken(what):
+    with spoken(what):
         try:
             builder = datasets.load_dataset_builder(source, config, revision=revision)
             if revision and isinstance(builder, Cache):
@@ -112,56 +118,119 @@ def dataset_commit(source: str, revision: str | None) -> str | None:
     if revision is not None and COMMIT.fullmatch(revision):
         return revision
     try:
-        with _spoken(f"dataset {source}{f'@{revision}' if revision else ''}"):
+        with spoken(f"dataset {source}{f'@{revision}' if revision else ''}"):
             return HfApi().dataset_info(source, revision=revision).sha
     except HfsdError:
         return None
 
 
-def whoami() -> str:
-    """The name behind the token at hand.
+def token() -> str | None:
+    """The token at hand, from the environment or the `hf` login; it is to be shown nowhere."""
+    from huggingface_hub import get_token
+
+    return get_token()
+
+
+def profile() -> dict[str, Any]:
+    """What the Hub tells of the token at hand: its account, organizations, role and permissions.
 
     Raises:
         BadRequest: there is no token, or the Hub does not know it.
     """
-    from huggingface_hub import HfApi, get_token
+    from huggingface_hub import HfApi, errors
 
-    if not get_token():
+    if not token():
         raise BadRequest("publish needs a token: run `hf auth login` or set HF_TOKEN; nothing was sent")
-    with _spoken("the token at hand"):
-        return HfApi().whoami()["name"]
+    with spoken("the token at hand"):
+        try:
+            return patiently("whoami", HfApi().whoami)
+        except errors.HfHubHTTPError as error:
+            if error.response is None or error.response.status_code != 401:
+                raise
+            raise BadRequest("the Hub does not know the token at hand; run `hf auth login`, or set HF_TOKEN") from None
 
 
-def upload(folder: Path, repo: str, kind: str, private: bool, message: str) -> tuple[str, str]:
-    """Sends a folder to a repo (`model`, `dataset` or `space`) in one commit, creating the repo if need be.
+class Held(NamedTuple):
+    """A file as a repo holds it: bytes, its LFS sha256 (None for a small file), and its git id."""
 
-    Returns:
-        The commit that holds exactly these files (the current one where nothing changed), and the repo's URL.
-    """
-    from huggingface_hub import HfApi
-
-    api = HfApi()
-    with _spoken(f"{kind} repo {repo}"):
-        sdk = "gradio" if kind == "space" else None
-        url = api.create_repo(repo, repo_type=kind, private=private, exist_ok=True, space_sdk=sdk)
-        commit = api.upload_folder(
-            repo_id=repo, repo_type=kind, folder_path=folder, commit_message=message, delete_patterns=["*"]
-        )
-    return commit.oid, str(url)
+    size: int
+    sha256: str | None
+    blob: str
 
 
-def files(repo: str, kind: str, revision: str) -> dict[str, tuple[int, str | None]]:
-    """Size in bytes and LFS sha256 (None for a small file) of every file of a repo at a revision."""
+def files(repo: str, kind: str, revision: str) -> dict[str, Held]:
+    """Every file of a repo (`model`, `dataset` or `space`) at a revision."""
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
 
-    with _spoken(f"{kind} repo {repo}"):
+    def listed() -> dict[str, Held]:
         tree = HfApi().list_repo_tree(repo, recursive=True, revision=revision, repo_type=kind)
-        return {e.path: (e.size, e.lfs.sha256 if e.lfs else None) for e in tree if isinstance(e, RepoFile)}
+        return {
+            e.path: Held(e.size, e.lfs.sha256 if e.lfs else None, e.blob_id) for e in tree if isinstance(e, RepoFile)
+        }
+
+    with spoken(f"{kind} repo {repo}"):
+        return patiently(f"{kind} repo {repo}", listed)
+
+
+def card_facts(repo: str, kind: str, revision: str | None) -> tuple[dict[str, Any], bool]:
+    """License, as the card of a repo states it (`license`, `license_name`, `license_link`), and whether it is gated."""
+    from huggingface_hub import HfApi
+
+    with spoken(f"{kind} repo {repo}"):
+        info = patiently(f"{kind} repo {repo}", lambda: HfApi().repo_info(repo, repo_type=kind, revision=revision))
+    said = getattr(info, "card_data", None)
+    card = said.to_dict() if said else {}
+    named = {key: card[key] for key in ("license", "license_name", "license_link") if card.get(key)}
+    return named, bool(getattr(info, "gated", False))
+
+
+def download(repo: str, kind: str, commit: str, cache: Path) -> Path:
+    """Every file of a repo at a commit, fetched into a cache folder of its own."""
+    from huggingface_hub import snapshot_download
+
+    with spoken(f"{kind} repo {repo}"):
+        return Path(snapshot_download(repo, repo_type=kind, revision=commit, cache_dir=cache))
+
+
+def patiently(what: str, call: Callable[[], T]) -> T:
+    """Calls the Hub again where it is busy, down or cut off, a bounded number of times, a line for each.
+
+    For what the client tries once; it retries uploads, lists and downloads itself.
+    """
+    from huggingface_hub import errors
+
+    for wait in WAITS:
+        try:
+            return call()
+        except errors.HTTPError as error:
+            pause = _pause(error, wait)
+            if pause is None:
+                raise
+            print(f"{what}: {_why(error)}; trying again in {pause} s", file=sys.stderr, flush=True)
+            time.sleep(pause)
+    return call()
+
+
+def _pause(error: Exception, wait: int) -> int | None:
+    """Seconds to wait before another try; None: another try would not help, or not soon."""
+    response = getattr(error, "response", None)
+    if response is None:  # the connection broke, or the client has refused to speak
+        return None if isinstance(error, OSError) else wait
+    if response.status_code not in PASSING:
+        return None
+    asked = response.headers.get("retry-after", "")
+    longer = max(wait, int(asked)) if asked.isdecimal() else wait
+    return longer if longer <= LONGEST_WAIT else None
+
+
+def _why(error: Exception) -> str:
+    response = getattr(error, "response", None)
+    return f"the Hub answered {response.status_code}" if response is not None else f"cut off ({type(error).__name__})"
 
 
 @contextmanager
-def _spoken(what: str) -> Iterator[None]:
+def spoken(what: str) -> Iterator[None]:
     """Turns the client's exceptions into one line each, without the request's headers."""
     from huggingface_hub import errors
 
@@ -176,9 +245,61 @@ def _spoken(what: str) -> Iterator[None]:
         ) from error
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.EntryNotFoundError) as error:
         raise BadRequest(f"{what}: the Hub has no such thing; {endpoint_hint}") from error
-    except errors.HfHubHTTPError as error:
-        status = error.response.status_code if error.response is not None else "no answer"
-        raise HfsdError(f"{what}: the Hub answered {status}: {(error.server_message or '').strip()[:200]}") from error
     except (errors.HTTPError, ConnectionError) as error:
-        hint = "; set HF_HUB_DISABLE_XET=1 where the Hub has no Xet" if "xet" in str(error) else ""
-        raise HfsdError(f"{what}: the Hub cannot be reached ({type(error).__name__}){hint}") from error
+        raise HfsdError(f"{what}: {_failure(error)}") from error
+    except RuntimeError as error:
+        if not isinstance(error.__cause__, errors.HTTPError):  # how the client tells that an LFS upload has failed
+            raise
+        raise HfsdError(f"{what}: {_failure(error.__cause__)}; push again to go on") from error
+
+
+def _failure(error: Exception) -> str:
+    response = getattr(error, "response", None)
+    if response is not None:
+        said = (getattr(error, "server_message", None) or "").strip()[:200]
+        return f"the Hub answered {response.status_code}: {said}"
+    hint = "; set HF_HUB_DISABLE_XET=1 where the Hub has no Xet" if "xet" in str(error) else ""
+    return f"the Hub cannot be reached ({type(error).__name__}){hint}"
+
+
+def file_if_any(repo: str, kind: str, name: str, revision: str | None) -> Path | None:
+    """One file of a repo (`model`, `dataset` or `space`) in the local cache; None: no such repo, revision or file.
+
+    The folder that holds it is named by its commit.
+
+    Raises:
+        BadRequest: the repo is gated.
+        HfsdError: the Hub cannot be reached, and the cache does not hold it.
+    """
+    from huggingface_hub import errors, hf_hub_download
+
+    with spoken(f"{kind} {repo}{f'@{revision}' if revision else ''}"):
+        try:
+            return Path(hf_hub_download(repo, name, repo_type=kind, revision=revision))
+        except (errors.GatedRepoError, errors.LocalEntryNotFoundError):
+            raise
+        except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.EntryNotFoundError):
+            return None
+
+
+def collection_items(slug: str) -> list[tuple[str, str]] | None:
+    """(repo, kind) of what a collection holds, in its order, papers and the like left out; None: no such collection."""
+    from huggingface_hub import HfApi, errors
+
+    with spoken(f"collection {slug}"):
+        try:
+            items = patiently(f"collection {slug}", lambda: HfApi().get_collection(slug)).items
+        except errors.HfHubHTTPError as error:
+            if error.response is not None and error.response.status_code == 404:
+                return None
+            raise
+    return [(i.item_id, i.item_type) for i in items if i.item_type in ("model", "dataset", "space")]
+
+
+def tagged_models(namespace: str, tag: str) -> list[tuple[str, dict[str, Any]]]:
+    """(repo, its card's front matter) of every model of a namespace that carries a tag, by name."""
+    from huggingface_hub import HfApi
+
+    with spoken(f"the models of {namespace}"):
+        found = HfApi().list_models(author=namespace, filter=tag, cardData=True)
+        return [(m.id, m.card_data.to_dict() if m.card_data else {}) for m in sorted(found, key=lambda m: m.id)]

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 
 # Control characters, bidirectional overrides and lone surrogates: they hide or reorder text, or cannot be written.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
-_INLINE = re.compile(r"[\\`*\[\]|~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|^[#+=-]|^\d+(?=[.)](?:\s|$))")
+# An interval such as `[54.1, 67.5]` is no link where nothing follows that would make it one, and stays readable.
+_INTERVAL = r"(?<![\]!])\[[+-]?\d[\d.]*, [+-]?\d[\d.]*\](?![(\[:])"
+_INLINE = re.compile(rf"{_INTERVAL}|[\\`*\[\]|~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
+_START = re.compile(r"^(?:[#+=-]|\d+(?=[.)](?:\s|$)))")
 _NUMBER = re.compile(r"[+-]?\d|-$|n/a$")
-_NUMBERS = re.compile(r"[\d.,\[\] %-]*")
 # An absolute path of a machine (/a/b, ~/a, C:\\a), not the slashes of a URL, of a Hub id or of `package:x/y`.
 _ROOT = r"(?:file://|(?<![\w:/.~-])(?:~?/|[A-Za-z]:\\))"
 LOCAL_PATH = re.compile(_ROOT + r"(?:[\w.~+@-]+[/\\])+[\w.~+@-]*|(?<![\w~])~/[\w.+@-]+")
@@ -23,8 +25,13 @@ def clean(text: str) -> str:
 
 def escape(text: str) -> str:
     """One line of Markdown that shows `text` as it is: no markup, link, cell border or HTML comes of it."""
+    return _START.sub(lambda m: m[0] + "\\" if m[0].isdigit() else "\\" + m[0], _inline(text))
+
+
+def _inline(text: str) -> str:
+    """`escape` for what does not stand at the start of a line."""
     line = " ".join(clean(str(text)).split())
-    line = _INLINE.sub(lambda m: m[0] + "\\" if m[0].isdigit() else "\\" + m[0], line)
+    line = _INLINE.sub(lambda m: m[0] if len(m[0]) > 1 else "\\" + m[0], line)
     # `&` first; entities are safe for readers of Markdown and of HTML alike
     for sign, entity in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;")):
         line = line.replace(sign, entity)
@@ -52,7 +59,7 @@ def shorten(text: str, limit: int) -> str:
 
 def table(rows: Sequence[Sequence[str]]) -> str:
     """Header row and body as a Markdown table; every cell is escaped, columns of numbers stand right."""
-    lines = [" | ".join(_cell(c) for c in row) for row in rows]
+    lines = [" | ".join(_inline(c) for c in row) for row in rows]
     lines.insert(1, " | ".join("---:" if of_numbers else ":---" for of_numbers in numeric(rows)))
     return "\n".join(f"| {line} |" for line in lines)
 
@@ -61,8 +68,3 @@ def numeric(rows: Sequence[Sequence[str]]) -> list[bool]:
     """Whether each column of a table, whose first row is its header, holds numbers and nothing else."""
     columns = list(zip(*rows[1:], strict=True)) or [()] * len(rows[0])
     return [all(_NUMBER.match(c) for c in column) for column in columns]
-
-
-def _cell(text: str) -> str:
-    # intervals such as `61.0 [54.1, 67.5]` are ours and stay readable in the source
-    return text if _NUMBERS.fullmatch(text) else escape(text)

@@ -28,11 +28,12 @@ _LICENSES = """
     cc-by-nc-4.0 cc-by-nd-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0
     cdla-sharing-1.0 cdla-permissive-1.0 cdla-permissive-2.0 wtfpl ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1
     eupl-1.2 agpl-3.0 gfdl gpl gpl-2.0 gpl-3.0 lgpl lgpl-2.1 lgpl-3.0 isc lppl-1.3c ms-pl apple-ascl apple-amlr
-    mpl-2.0 odc-by odbl openmdw-1.0 osl-3.0 postgresql ofl-1.1 ncsa unlicense zlib pddl lgpl-lr
+    mpl-2.0 odc-by odbl openmdw-1.0 openmdw-1.1 osl-3.0 postgresql ofl-1.1 ncsa unlicense zlib pddl lgpl-lr
     deepfloyd-if-license fair-noncommercial-research-license intel-research h-research llama2 llama3 llama3.1
     llama3.2 llama3.3 llama4 grok2-community gemma unknown other
 """
 LICENSES = frozenset(_LICENSES.split())
+DISTILLED = ("self-distilled", "sdd+kd")  # arms trained on the original's own words
 METRICS = {"acc": "accuracy", "acc_norm": "accuracy"}  # lm-eval's names of what the Hub calls accuracy
 SIZES = (
     (1_000, "n<1K"),
@@ -41,6 +42,7 @@ SIZES = (
     (1_000_000, "100K<n<1M"),
     (10_000_000, "1M<n<10M"),
 )
+GSM8K = ("strict-match", 1319)  # the filter that leaderboards take, and the documents of the whole test split
 SPACE_TITLE = 40  # characters that a Space's tile shows
 _FRONT = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
 _FENCED = re.compile(r"^(`{3,})[^\n]*\n.*?^\1$", re.DOTALL | re.MULTILINE)
@@ -72,23 +74,34 @@ def original_repo(results: Results, repos: Mapping[str, str]) -> str | None:
     return ref.repo if on_hub else None
 
 
-def base_model(results: Results, arm: str, repos: Mapping[str, str]) -> str | None:
-    """The Hub id that a variant derives from: the original for the pruned one, the pruned one for its arms."""
-    if arm == "original":
+def base_model(results: Results, variant: Variant, repos: Mapping[str, str]) -> str | list[str] | None:
+    """What a variant derives from: the original, for its arms the pruned one, for a merge the arms that it is of."""
+    if variant.arm == "original":
         return original_repo(results, {})  # what it was read from; a GGUF in a package is no repo
-    if arm != "pruned" and "pruned" in repos:
+    parts = results.merges[variant.id].parts if variant.id in results.merges else ()
+    if parts and all(part in repos for part in parts):
+        return [repo_of(repos, part) for part in parts]
+    if variant.arm != "pruned" and "pruned" in repos:
         return repo_of(repos, "pruned")
     return original_repo(results, repos)
+
+
+def _tags(results: Results, variant: Variant) -> list[str]:
+    taught = [variant.id, *(results.merges[variant.id].parts if variant.id in results.merges else ())]
+    distilled = any(v.variant.id in taught and v.variant.arm in DISTILLED for v in results.variants)
+    return [
+        "hfsd",
+        *(["layer-pruning"] if variant.arm != "original" else []),
+        *(["self-data-distillation"] if distilled else []),
+    ]
 
 
 def of_model(results: Results, variant: Variant, repos: Mapping[str, str], facts: Mapping[str, Any]) -> str:
     """Front matter of a model card."""
     from huggingface_hub import ModelCardData
 
-    base = base_model(results, variant.arm, repos)
-    tags = ["hfsd"] if variant.arm == "original" else ["hfsd", "layer-pruning"]
-    if variant.arm == "self-distilled":
-        tags.append("self-data-distillation")
+    base = base_model(results, variant, repos)
+    relation = "merge" if isinstance(base, list) else "finetune"
     data = [*(facts.get("data_repos") or ()), repo_of(repos, "dataset") if "dataset" in repos else None]
     card = ModelCardData(
         language=facts.get("language"),
@@ -98,9 +111,9 @@ def of_model(results: Results, variant: Variant, repos: Mapping[str, str], facts
         library_name="transformers",
         pipeline_tag="text-generation",
         base_model=base,
-        base_model_relation="finetune" if base and variant.arm != "original" else None,
+        base_model_relation=relation if base and variant.arm != "original" else None,
         datasets=([d for d in data if d] or None) if variant.arm in TRAINED_ARMS else None,
-        tags=tags,
+        tags=_tags(results, variant),
         model_name=repo_of(repos, variant.id).split("/")[-1],
         eval_results=_eval_results(results, variant.id),
     )
@@ -117,11 +130,11 @@ def of_dataset(results: Results, repos: Mapping[str, str], files: Mapping[str, s
         configs.append({"config_name": name, "data_files": [{"split": "train", "path": path}]})
     configs[0]["default"] = True
     card = DatasetCardData(
-        language=results.facts.get("language"),
         license=results.facts.get("data_license"),
         annotations_creators="machine-generated",
         size_categories=next((name for limit, name in SIZES if rows < limit), "10M<n<100M"),
         task_categories=["text-generation"],
+        source_datasets=results.facts.get("data_repos"),
         pretty_name=repo_of(repos, "dataset").split("/")[-1],
         tags=["hfsd", "self-data-distillation", "synthetic"],
         configs=configs,
@@ -169,12 +182,42 @@ def _eval_results(results: Results, variant_id: str) -> list[Any]:
                 # entries of one data set are folded into one; a label of its own keeps each task's name
                 dataset_type=shown.replace(" ", "-"),
                 dataset_name=shown,
+                dataset_args={"num_few_shot": task.shots},
                 metric_type=METRICS.get(task.metric, task.metric),
                 metric_name=f"{task.metric} ({task.shots} shots, n = {task.n}{bounds}{chance}{apart})",
                 metric_value=round(float(score.value), 6),
             )
         )
     return entries
+
+
+def eval_results(results: Results, variant_id: str) -> str | None:
+    """`.eval_results/gsm8k.yaml` of a model's repo, which puts it on the benchmark's leaderboard.
+
+    None but for lm-eval's own GSM8K over its whole test split: of the leaderboard's tasks the only one that the Hub
+    knows as a benchmark. The value is in percent, as the Hub's are; other filters' are in its notes.
+    """
+    from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
+
+    chosen, documents = GSM8K
+    whole = [
+        t
+        for t in results.tasks
+        if (t.task, t.metric, t.n) == ("gsm8k", "exact_match", documents)
+        and t.setup.limit is None
+        and t.setup.comparable
+    ]
+    found = next((t for t in whole if t.filter == chosen), None)
+    if found is None:
+        return None
+    score, shots = found.scores[variant_id], "1 shot" if found.shots == 1 else f"{found.shots} shots"
+    notes = [f"lm-eval gsm8k, filter {chosen}, {shots}, n = {found.n}"]
+    if score.low is not None and score.high is not None:
+        notes.append(f"95% interval {100 * score.low:.2f} to {100 * score.high:.2f}")
+    notes.append("chat template" if found.setup.chat_template else "no chat template")
+    notes += [f"filter {t.filter}: {100 * t.scores[variant_id].value:.2f}" for t in whole if t is not found]
+    entry = EvalResultEntry("openai/gsm8k", "gsm8k", round(100 * float(score.value), 4), notes="; ".join(notes))
+    return yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False, allow_unicode=True, width=10_000)
 
 
 def validate(card_text: str) -> list[str]:

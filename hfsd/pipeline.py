@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -29,6 +30,9 @@ from hfsd.records import STAGES, Receipt
 from hfsd.rundir import append_log, lock, write_atomic, write_manifest
 from hfsd.session import Session
 from hfsd.steps import Step, needed_for, steps, up_to, variants
+
+if TYPE_CHECKING:
+    from hfsd.sending import Asked, Pushed
 
 NEED_SCORES = ("evaluate", "report", "publish")  # `compare` measures the models alone
 TOGETHER = ("scan", "train", "evaluate")  # stages in which every process of a launcher takes part
@@ -130,24 +134,43 @@ def results(root: Path) -> Results:
     return load(Results, path)
 
 
-def push(root: Path, namespace: str, private: bool = False) -> list[Receipt]:
-    """Uploads a finished run to a Hub namespace; its staged folders and receipts lie under push/NAMESPACE.
+def push(run: str | Path, to: str, private: bool = False, **asked: Any) -> list[Receipt]:
+    """Uploads a finished run to a Hub namespace, or a checkpoint of `hfsd prune` to a repo.
+
+    Args:
+        run: a run directory, or a folder with hfsd.json; push/NAMESPACE in it gets the staged folders and receipts.
+        to: NAMESPACE for a run, NAMESPACE/NAME for a checkpoint.
+        asked: see `hfsd.sending.Asked`.
 
     Raises:
-        BadRequest: the run is not finished, or there is no valid token.
+        BadRequest: every fault that is known before the first byte is sent, a line each.
+        HfsdError: an upload failed, or the Hub holds something else than what was sent; push again to go on.
     """
-    from hfsd import fetch, publish
+    from hfsd.sending import Asked
 
+    return pushed(Path(run), to, Asked(private=private, **asked)).receipts
+
+
+def pushed(root: Path, to: str, asked: Asked) -> Pushed:
+    """`push`, with its plan."""
+    from hfsd import fetch, publish
+    from hfsd import preflight as publishing
+
+    if (root / "config.json").is_file():
+        with lock(root):
+            return publish.checkpoint(root, to, asked)
     results(root)
     recipe = recipes.parse((root / "recipe.yaml").read_text(encoding="utf-8"), str(root / "recipe.yaml"))
-    recipes.checked(Publish, {"to": namespace}, "--to")
+    recipes.checked(Publish, {"to": to}, "--to")
+    names = [s.stage.name for s in steps(recipe, root) if s.kind != "publish"]
     with lock(root):
-        return publish.to_hub(recipe, root, fetch.resolve(recipe.model), root / "push" / namespace, namespace, private)
+        faults = publishing.markers(root, names)
+        return publish.to_hub(recipe, root, fetch.resolve(recipe.model), root / "push" / to, to, asked, faults)
 
 
 def staged_space(root: Path) -> Path:
     """The folder of a finished run's Space."""
-    found = sorted((root / "publish").glob("*/family.json"))
+    found = sorted((root / "publish").glob("*/app.py"))
     if not found:
         raise BadRequest(f"{root} holds no staged Space; finish the run with `hfsd run`")
     return found[0].parent
@@ -166,7 +189,7 @@ def preflight(recipe: Recipe, fetch: bool = True) -> None:
 
     faults = _path_faults(recipe) + rewrite.faults(recipe.rewrite) + train.check_fields(recipe.train)
     faults += [f"merge: {fault}" for fault in (merge.faults(recipe.merge.method) if recipe.merge else [])]
-    faults += _token_faults(recipe)
+    faults += _publish_faults(recipe)
     faults += harness.faults(recipe.evaluate, [v.id for v in variants(recipe)])
     if fetch or Path(recipe.model.path).is_dir():
         faults += _cut_faults(recipe)
@@ -197,17 +220,17 @@ def _path_faults(recipe: Recipe) -> list[str]:
     return faults
 
 
-def _token_faults(recipe: Recipe) -> list[str]:
-    """A run that publishes to the Hub needs a token: told now, and not after hours of work."""
-    from hfsd import hub
+def _publish_faults(recipe: Recipe) -> list[str]:
+    """A run that publishes to the Hub needs a token and licenses: told now, and not after hours of work."""
+    from hfsd import preflight as publishing
 
     if recipe.publish.to == "folder":
         return []
     try:
-        hub.whoami()
-    except HfsdError as error:
-        return [f"publish.to: {error}"]
-    return []
+        faults = publishing.token(recipe.publish.to, proposes=False, collects=True)[1]
+    except HfsdError as error:  # the Hub cannot be reached
+        faults = [str(error)]
+    return [f"publish: {fault}" for fault in [*faults, *publishing.unlicensed(recipe)]]
 
 
 def _cut_faults(recipe: Recipe) -> list[str]:

@@ -73,6 +73,19 @@ class Publish(Block):
     to: str = Field("folder", description="'folder': the files of each repo under publish/; else a Hub namespace")
     private: bool = False
     prefix: str | None = Field(None, description="start of every repo name; None: the model's short name")
+    names: str = Field(
+        "{prefix}-pruned{n}", description="start of the names of cut models and Space; {n}: how many blocks are removed"
+    )
+    adapter: Literal["subfolder", "repo"] = Field(
+        "subfolder", description="subfolder: an adapter lies beside its merged model; repo: in a repo of its own"
+    )
+
+    @field_validator("names")
+    @classmethod
+    def _is_template(cls, value: str) -> str:
+        if re.search(r"[{}]", value.replace("{prefix}", "").replace("{n}", "")):
+            raise ValueError(f"{value!r}: the places that can be open are {{prefix}} and {{n}}")
+        return value
 
     @field_validator("to")
     @classmethod

@@ -313,13 +313,18 @@ class MergeReport:
 
 @dataclass(frozen=True)
 class Receipt:
-    """One published repo: `commit` is the Hub's, or the tree's sha256 where `repo` is a folder."""
+    """One published repo: `commit` is the Hub's, or the tree's sha256 where `repo` is a folder.
+
+    `revision` is the branch, or `refs/pr/N` of a pull request. Of a collection, `repo` is the slug, and `commit` the
+    sha256 of what it holds.
+    """
 
     repo: str
     kind: str
     commit: str
     url: str
     files: dict[str, str] = field(default_factory=dict)
+    revision: str = "main"
 
 
 def spelled(blocks: tuple[int, ...]) -> str:

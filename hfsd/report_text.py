@@ -106,7 +106,8 @@ def facts(results: Results) -> Table:
     found = [("original", ref.repo), ("parameters of the original", f"{results.original_params:,}")]
     if ref.revision:
         found.insert(1, ("revision of the original", ref.revision))
-    return [list(row) for row in (*found, *sorted(printable(results.facts).items()))]
+    told = {name: value for name, value in results.facts.items() if name != "limits"}  # pages of text, for the cards
+    return [list(row) for row in (*found, *sorted(printable(told).items()))]
 
 
 def commands(results: Results) -> list[tuple[str, str]]:

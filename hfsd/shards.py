@@ -7,6 +7,7 @@ their place within a page, through a buffer of 1 MB. Format: https://github.com/
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import math
 import os
@@ -92,6 +93,30 @@ def digests(folder: Path) -> dict[str, str]:
     files = sorted(folder.glob("*.safetensors"))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return dict(zip([f.name for f in files], pool.map(sha256, files), strict=True))
+
+
+def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """sha256 over tensors in the order of their names: each one's name, type, shape and bytes, in whatever file.
+
+    Args:
+        tensors: (name that counts, tensor).
+
+    Raises:
+        HfsdError: a file ended before its header said.
+    """
+    found = hashlib.sha256()
+    buffer = memoryview(bytearray(CHUNK))
+    for name, tensor in sorted(tensors, key=lambda t: t[0]):
+        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        with open(tensor.file, "rb", buffering=0) as source:
+            at = tensor.start
+            while at < tensor.stop:
+                read = os.preadv(source.fileno(), [buffer[: min(CHUNK, tensor.stop - at)]], at)
+                if not read:
+                    raise HfsdError(f"{tensor.file} ended {tensor.stop - at} bytes early; fetch the checkpoint again")
+                found.update(buffer[:read])
+                at += read
+    return found.hexdigest()
 
 
 def _weight_map(folder: Path) -> dict[str, str]:

@@ -104,6 +104,10 @@ def print_results(results: Results, root: Path) -> None:
             console.print(_rich(title, rows))
         for note in said:
             console.print(f"- {note}")
+    if (root / "family.json").is_file():  # fetched by `hfsd pull`: the models are where it says
+        print(f"\nreport    {root / 'report' / 'index.html'}\nrecipe    {root / 'recipe.yaml'}")
+        print(f'\nload its models:\n  import hfsd\n  family = hfsd.load_family("{root}")')
+        return
     arms = [v.variant.id for v in results.variants if v.variant.arm not in ("original", "pruned")]
     print(
         f"\nreport    {root / 'report' / 'index.html'}\nmodels    {root / 'publish'}\nrecipe    {root / 'recipe.yaml'}"
@@ -115,6 +119,13 @@ def print_results(results: Results, root: Path) -> None:
         print(f'  model = AutoModelForCausalLM.from_pretrained("{merged}")')
         print(f'  tokenizer = AutoTokenizer.from_pretrained("{merged}")')
     print(f"compare side by side:  hfsd space {root}\npublish:               hfsd push {root} --to NAME")
+
+
+def print_table(rows: Sequence[Sequence[str]]) -> None:
+    """Rows with their header on the terminal."""
+    from rich.console import Console
+
+    Console(highlight=False, markup=False).print(_rich("", rows))
 
 
 def _rich(title: str, rows: Sequence[Sequence[str]]) -> Table:

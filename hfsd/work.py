@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from hfsd import chat, data, models, processes, recipes, surgery
+from hfsd import chat, data, models, original_card, processes, recipes, surgery
 from hfsd.blocks_cut import Data
 from hfsd.findings import EvalRow
 from hfsd.plain import dumps, from_json, load
@@ -221,6 +221,9 @@ def _card_facts(work: Session) -> dict[str, Any]:
     """What the cards state besides the results. What is not known is left out, never made up."""
     recipe, source = work.recipe, work.source
     licenses = {d.license for d in recipe.data}
+    readme = source.folder / "README.md"
+    said = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
+    carried = original_card.facts(said, source.ref if source.on_hub else None, recipe.model.license)
     data_files = {f"{d.label}-{text}": f"{d.label}-{text}.parquet" for d in recipe.data for text in reversed(CONFIGS)}
     facts = {
         "license": recipe.model.license,
@@ -236,7 +239,7 @@ def _card_facts(work: Session) -> dict[str, Any]:
         "packages": package_versions(),
         "git": git_state(),
     }
-    return {k: v for k, v in facts.items() if v is not None}
+    return carried | {k: v for k, v in facts.items() if v is not None}
 
 
 def _label(work: Session, stage: Stage) -> str:

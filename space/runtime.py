@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from decode import Column, Settings
 
@@ -40,6 +40,7 @@ class Place:
     repo: str | None = None
     revision: str | None = None
     subfolder: str | None = None
+    sha256: str | None = None
 
     def folder(self, base: Path) -> Path:
         """The local folder, downloaded if it is on the Hub."""
@@ -76,6 +77,11 @@ class Spec:
     examples: list[Sample]
     repos: dict[str, str]
     max_new_tokens: int
+    # of the file that every repo of the family carries (hfsd.familyfile)
+    checkpoints: dict[str, Place] = field(default_factory=dict)
+    recovery: dict[str, Any] = field(default_factory=dict)
+    records: Place | None = None
+    shared: dict[str, str] = field(default_factory=dict)
 
     @property
     def ids(self) -> list[str]:

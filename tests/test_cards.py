@@ -10,11 +10,11 @@ from dataclasses import replace
 import pytest
 import yaml
 
-from hfsd import assets, cards, metadata, plain, publish, recipes
+from hfsd import assets, cards, metadata, plain, recipes, staging
 from hfsd.errors import BadRequest, HfsdError
 from hfsd.findings import Results, Setup
 from hfsd.records import Example, MergeReport, ModelRef, Rewrite, Variant
-from tests.made import BREAKOUT, DISTILLED, GOOD, SFT, draft, html, made, rows
+from tests.made import DISTILLED, GOOD, SFT, draft, html, made, rows
 
 GGUF = ModelRef("package:tiny==0.1/tiny/tiny.Q4_1.gguf", "sha256:" + "b" * 64)
 REPOS = {
@@ -146,7 +146,7 @@ def test_the_card_says_what_it_recovers_and_what_it_lost():
         made(), DISTILLED.id, REPOS, {"limits": ["It knows no other language."], "machine": "2 cores"}
     )
     plain_text = card.replace("\\", "")
-    assert re.search(r"It recovers 92\.3% \[\d\d\.\d, \d+\.\d\] of the original's mean score", plain_text)
+    assert re.search(r"it recovers 92\.3% \[\d\d\.\d, \d+\.\d\] of the original's mean score", plain_text)
     assert re.search(r"87\.5% \[\d\d\.\d, \d+\.\d\] chance-corrected", plain_text)
     assert re.search(
         r"- tiny_match \(%\): 65\.0 .* against 70\.0 .* -5\.0 points .* not told apart at this n\.", plain_text
@@ -159,6 +159,7 @@ def test_the_card_says_what_it_recovers_and_what_it_lost():
         and "lora_targets | q_proj, v_proj" in card
         and "warmup" not in card
     )
+    assert "What the original's card says of itself" in card
     assert "2410.09982" in card and "name: tiny" in card and "hfsd run recipe.yaml" in card and "2 cores" in card
 
 
@@ -185,35 +186,6 @@ def test_examples_with_a_local_path_are_not_shown():
     leak = (Example("q3", "Where?", "There."), Rewrite("q3", "In /home/joe/secret.txt", True, "kept", 3, "stop"))
     card = cards.dataset_card(made(), REPOS, [leak, *EXAMPLES])
     assert "joe" not in card and "q1" in card and "not used: the final answers differ" in card
-
-
-def test_planted_texts_stay_texts():
-    nasty = "x: [a](http://example.com) <img src=x onerror=alert(1)> | `b` *c*\n---\nlicense: mit"
-    results = made(
-        name=nasty, plan=replace(made().plan, why=nasty), recipe=BREAKOUT, facts={"license": "mit", "machine": nasty}
-    )
-    name = results.tasks[0].task
-    renamed = [replace(p, task=nasty) if p.task == name else p for p in results.paired]
-    results = replace(results, tasks=[replace(results.tasks[0], task=nasty), *results.tasks[1:]], paired=renamed)
-    planted = [(Example(nasty, BREAKOUT, BREAKOUT), Rewrite(nasty, BREAKOUT, True, "kept", 3, "stop"))]
-    found = all_cards(results, facts={"limits": [nasty], "source": nasty})
-    found["dataset"] = cards.dataset_card(results, REPOS, planted)
-    for name, card in found.items():
-        data, page = front(card), html(body(card))
-        assert data.get("license") in ("mit", None), name
-        assert "<script" not in page and "onerror=alert(1)>" not in page, name
-        assert 'href="http://example.com"' not in page and "<em>" not in page, name
-        assert [
-            t for t in re.findall(r'<img src="([^"]*)"', page) if not t.endswith(("recovery.png", "block_scores.png"))
-        ] == []
-        assert page.count("<h1>") == 1, name
-        assert cards.validate(card) == [], name
-
-
-def test_yaml_breakers_in_facts_stay_values():
-    facts = {"license": "other", "license_name": "a: b\n---\nx: !!python/object:os.system", "license_link": "# none"}
-    data = front(cards.model_card(made(), "pruned", REPOS, facts))
-    assert {k: data[k] for k in facts} == facts
 
 
 def test_cards_are_clean_markdown():
@@ -292,7 +264,12 @@ def test_seeds_and_merges_have_cards_too():
     results = made(rows=scores + more, params=params, merges={merged.id: how})
     for v in (seeded, merged):
         card = cards.model_card(results, v.id, REPOS | {v.id: f"me/{v.id}"}, {})
-        assert cards.validate(card) == [] and front(card)["base_model"] == "me/tiny-pruned2"
+        assert cards.validate(card) == [] and "self-data-distillation" in front(card)["tags"]
+        of = [REPOS[SFT.id], REPOS[DISTILLED.id]] if v == merged else REPOS["pruned"]
+        assert front(card)["base_model"] == of
+        assert front(card)["base_model_relation"] == ("merge" if v == merged else "finetune")
+    alone = cards.model_card(results, merged.id, {"pruned": "me/tiny-pruned2", merged.id: "me/merged"}, {})
+    assert front(alone)["base_model"] == "me/tiny-pruned2" and front(alone)["base_model_relation"] == "finetune"
 
 
 def test_assets_are_found_in_a_wheel_and_in_a_checkout(tmp_path, monkeypatch):
@@ -374,10 +351,10 @@ def test_the_picture_of_the_shift_is_published_where_there_is_one(tmp_path):
     for name in (*cards.DATA_FILES.values(), "rewrites.jsonl"):
         (rewriting / name).write_text("")
     asked = {"name": "tiny", "model": "org/tiny", "data": "rows.jsonl", "prune": {"remove": "0:1"}}
-    family = publish.Family(recipes.validate(asked), tmp_path, None, made(), [], REPOS)
-    assert "shift.png" not in publish._stage_dataset(family, tmp_path / "older")
+    family = staging.Family(recipes.validate(asked), tmp_path, None, made(), [], REPOS)
+    assert "shift.png" not in staging._stage_dataset(family, tmp_path / "older")
     (rewriting / "shift.png").write_bytes(b"\x89PNG")
-    assert "](shift.png)" in publish._stage_dataset(family, tmp_path / "newer")
+    assert "](shift.png)" in staging._stage_dataset(family, tmp_path / "newer")
     staged = {"reference.parquet", "self-distilled.parquet", "rewrites.jsonl"}
     assert {p.name for p in (tmp_path / "older").iterdir()} == staged
     assert {p.name for p in (tmp_path / "newer").iterdir()} == staged | {"shift.png"}

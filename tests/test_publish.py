@@ -49,7 +49,7 @@ def test_no_file_names_this_machine(tiny_run: Path, model_folder: Path) -> None:
 PUSH = """
 from pathlib import Path
 from hfsd import pipeline
-for r in pipeline.push(Path({root!r}), "tester"):
+for r in pipeline.push(Path({root!r}), "tester", license="mit"):
     print(r.kind, r.repo, r.commit)
 """
 
@@ -99,7 +99,7 @@ def test_round_trip_over_the_hub(tiny_run: Path, model_folder: Path, tmp_path: P
         push = PUSH.format(root=str(root))
         first = run_client(push, hub_env(hub, "hf_loopback", tmp_path / "home1"), timeout=300)
         pushed = dict(line.split()[1:] for line in first.splitlines())
-        assert len(pushed) == 6
+        assert len(pushed) == 7  # with the collection
         load = LOAD.format(root=str(root), original=str(model_folder), stem=STEM)
         assert "ROUND TRIP" in run_client(load, hub_env(hub, None, tmp_path / "home2"), timeout=300)
         calls = len([c for c in hub.calls if "/commit/" in c[1]])
