@@ -66,12 +66,13 @@ class SharedContextLM(HFLM):
         base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         self._keeps_logits = "logits_to_keep" in inspect.signature(base.forward).parameters
         self._stock = self.backend != "causal"  # the log-likelihoods are lm-eval's to compute
-        self._rows_leave = False
+        self._rows_leave = self._whole_window = False
         self._window: Advance = _untold
         why = self._why_not_shared()
         if why:
             log.warning("evaluate: %s has %s; every text is computed on its own", type(base).__name__, why)
         self.shares = not why
+        self._packs = self.shares and self._whole_window and self._packs_well()
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         from accelerate.utils import gather
@@ -160,27 +161,68 @@ class SharedContextLM(HFLM):
             cache: what the parents have read.
         """
         rows = {node: (row, head) for row, node, head in nodes}
+        if self._packs:
+            prefixes.pack(list(rows))
         for batch in prefixes.batches(list(rows), self.batch_tokens):
-            part, end = min(n.part for n in batch), max(n.end for n in batch)
+            part, stop = min(n.part for n in batch), max(n.stop for n in batch)
             first = min(n.first for n in batch)
             kept: Any = _fork(cache, [rows[n][0] for n in batch], part)
             if kept is None and any(n.children for n in batch):
                 kept = DynamicCache()
-            logits, kept = self._forward([n.tokens[part:] for n in batch], end - first, kept)  # [B, end - first, V]
+            logits, kept = self._read(batch, part, stop - first, kept)  # [B, stop - first, V]
             below: list[tuple[int, Node, Scores]] = []
             for row, node in enumerate(batch):
-                path, last = self._path(node, rows[node][1], logits[row], first)
-                for text in node.texts:
-                    scores, greedy = _joined(path, last, text.tokens[node.end], text.start - node.low)
-                    yield text, (float(scores.sum()), bool(greedy.all()))
-                for child in node.children:
-                    predicted = child.low <= node.end  # the child's first token is scored, or one before it
-                    head = _joined(path, last, child.tokens[node.end], child.low - node.low) if predicted else _NONE
-                    below.append((row, child, head))
+                heads = {node: rows[node][1]}
+                yield from self._scored(node, logits[row, : node.end - first], first, heads)
+                for packed in node.packed:
+                    inner = packed.node
+                    at = slice(packed.start - first, packed.start - first + inner.end - inner.part)
+                    yield from self._scored(inner, logits[row, at], inner.part, heads)
+                below += [(row, child, heads[child]) for child in node.children]
             del logits
             if below:
                 yield from self._answers(below, kept)
             kept = None  # before the next batch makes its own
+
+    def _scored(
+        self, node: Node, logits: torch.Tensor, first: int, heads: dict[Node, Scores]
+    ) -> Iterator[tuple[Text, Answer]]:
+        """The answers of a node's texts. Gives each continuation its head: what of its path is scored by then.
+
+        logits: of the node's positions from `first` on, [C, V].
+        """
+        path, last = self._path(node, heads[node], logits, first)
+        for text in node.texts:
+            scores, greedy = _joined(path, last, text.tokens[node.end], text.start - node.low)
+            yield text, (float(scores.sum()), bool(greedy.all()))
+        inside = [p.node for p in node.packed if not p.above]
+        for child in (*node.children, *inside):
+            predicted = child.low <= node.end  # the child's first token is scored, or one before it
+            heads[child] = _joined(path, last, child.tokens[node.end], child.low - node.low) if predicted else _NONE
+
+    def _read(self, batch: Sequence[Node], part: int, keep: int, cache: Any) -> tuple[torch.Tensor, Any]:
+        """A forward pass of nodes, each with what is packed behind it; see `_forward`."""
+        tails = [[token for p in n.packed for token in p.node.tokens[p.node.part :]] for n in batch]
+        inputs = [(*n.tokens[part:], *tail) for n, tail in zip(batch, tails, strict=True)]
+        if not any(tails):
+            return self._forward(inputs, keep, cache)
+        longest = max(map(len, inputs))
+        sees = torch.ones(longest, longest, dtype=torch.bool).tril().repeat(len(batch), 1, 1)  # [B, T, T]
+        positions = torch.arange(part, part + longest).repeat(len(batch), 1)  # [B, T]
+        for row, node in enumerate(batch):
+            for packed in node.packed:
+                start = packed.start - part
+                end = start + packed.node.end - packed.node.part
+                sees[row, start:end, node.end - part : start] = False
+                for above in packed.above:
+                    sees[row, start:end, above.start - part : above.start - part + above.node.end - above.node.part] = (
+                        True
+                    )
+                positions[row, start:end] = torch.arange(packed.node.part, packed.node.end)
+        mask = torch.zeros(len(batch), 1, longest, part + longest, dtype=self.model.dtype)
+        mask[..., part:].masked_fill_(~sees[:, None], torch.finfo(mask.dtype).min)
+        packs = {"attention_mask": mask.to(self.device), "position_ids": positions.to(self.device)}
+        return self._forward(inputs, keep, cache, packs)
 
     def _path(self, node: Node, head: Scores, logits: torch.Tensor, first: int) -> tuple[Scores, torch.Tensor]:
         """Scores of the node's tokens from `low` on, and the log-probabilities of what comes next, [V].
@@ -198,14 +240,18 @@ class SharedContextLM(HFLM):
         own = logprobs[:-1].gather(1, tokens[:, None])[:, 0], wanted[:-1].argmax(-1) == tokens
         return (torch.cat([head[0].to(own[0]), own[0]]), torch.cat([head[1].to(own[1]), own[1]])), logprobs[-1]
 
-    def _forward(self, inputs: Sequence[Tokens], keep: int, cache: Any = None) -> tuple[torch.Tensor, Any]:
+    def _forward(
+        self, inputs: Sequence[Tokens], keep: int, cache: Any = None, packs: dict[str, Any] | None = None
+    ) -> tuple[torch.Tensor, Any]:
         """Logits of the last `keep` positions of right-padded inputs, [B, keep, V] in float32, and the cache."""
         longest = max(map(len, inputs))
         padded = [list(tokens) + [0] * (longest - len(tokens)) for tokens in inputs]
         ids = torch.tensor(padded, dtype=torch.long, device=self.device)  # [B, T]
-        options = {"logits_to_keep": keep} if self._keeps_logits else {}
+        options: dict[str, Any] = {"logits_to_keep": keep} if self._keeps_logits else {}
         with self._precision():
-            out = self.model(input_ids=ids, past_key_values=cache, use_cache=cache is not None, **options)
+            out = self.model(
+                input_ids=ids, past_key_values=cache, use_cache=cache is not None, **options, **(packs or {})
+            )
         return out.logits[:, -keep:].float(), out.past_key_values if cache is not None else None
 
     def _precision(self) -> Any:
@@ -229,10 +275,29 @@ class SharedContextLM(HFLM):
         if "'dynamic'" in rope or "'longrope'" in rope:
             self._stock = True
             return "rotary positions that depend on the total length"
-        kinds = {type(layer) for layer in cache.layers} - {DynamicLayer, DynamicSlidingWindowLayer}
-        return (
-            f"a cache that is not of attention alone ({', '.join(sorted(k.__name__ for k in kinds))})" if kinds else ""
-        )
+        kinds = {type(layer) for layer in cache.layers}
+        self._whole_window = kinds == {DynamicLayer}
+        others = sorted(kind.__name__ for kind in kinds - {DynamicLayer, DynamicSlidingWindowLayer})
+        return f"a cache that is not of attention alone ({', '.join(others)})" if others else ""
+
+    def _packs_well(self) -> bool:
+        """Whether the class takes a mask and positions of ours, as a small tree of tokens shows."""
+        inner = Node((1, 2, 3, 4, 1, 2), part=5)
+        texts = [Node((1, 2, 3, 4, 1), part=3, children=[inner]), Node((1, 2, 3, 3), part=3)]
+        root = Node((1, 2, 3), children=texts)
+        prefixes.pack([root])
+        with torch.inference_mode():
+            try:
+                packed = self._read([root], 0, root.stop, None)[0][0]  # [T, V]
+            except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+                log.info("evaluate: rows are not packed: %s: %s", type(error).__name__, error)
+                return False
+            for found in root.packed:
+                whole = self._forward([found.node.tokens], 1)[0][0, -1]  # [V]
+                off = (packed[found.start + found.node.end - found.node.part - 1] - whole).abs().mean()
+                if not off <= (1e-4 if self.model.dtype == torch.float32 else 0.02) * whole.std():
+                    return False
+        return True
 
     @contextmanager
     def _ticking(self, total: int, unit: str = "requests") -> Iterator[None]:

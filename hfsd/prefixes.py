@@ -16,6 +16,7 @@ SHORTEST = 8  # a shared stretch below this is rather computed again: a cache ha
 PASS = 78  # what a forward pass costs beside its tokens: every weight is read once
 HEAD = 0.75  # what the output layer costs for a position whose logits are needed
 ROWS = 256  # of a batch; what more rows would save is nothing
+PACKED = 512  # tokens of a row that holds a stretch with all its continuations; attention over more is wasteful
 WHOLE = 4  # a batch holds the keys and values of at most this many times the tokens that it may compute
 
 
@@ -37,6 +38,8 @@ class Node:
         texts: the texts of which all but the last token, which is only predicted, are `tokens`.
         children: what continues from the cache of this stretch.
         low: the lowest `start` of a text here or below.
+        packed: continuations that are read in the same row, behind this stretch, each blind to the others but its own
+            beginnings; parents before children.
     """
 
     tokens: Tokens
@@ -44,15 +47,45 @@ class Node:
     texts: list[Text] = field(default_factory=list)
     children: list[Node] = field(default_factory=list)
     low: int = 1 << 62
+    packed: list[Packed] = field(default_factory=list)
 
     @property
     def end(self) -> int:
         return len(self.tokens)
 
     @property
+    def stop(self) -> int:
+        """Where its row ends, the packed continuations counted one after another."""
+        return self.end + sum(p.node.end - p.node.part for p in self.packed)
+
+    @property
     def first(self) -> int:
         """The first position whose logits are needed: it predicts the first token that is scored, or what follows."""
         return min(max(self.low - 1, self.part), self.end - 1)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A continuation in the row of another stretch. `start` is where in the row; `above` are its parents there."""
+
+    node: Node
+    start: int
+    above: tuple[Packed, ...] = ()
+
+
+def pack(nodes: Sequence[Node]) -> None:
+    """Moves what continues a node into its row, wherever all of it fits."""
+    for node in nodes:
+        found: list[Packed] = []
+        start = node.end
+        waiting: list[tuple[Node, tuple[Packed, ...]]] = [(child, ()) for child in reversed(node.children)]
+        while waiting and start <= PACKED:
+            child, above = waiting.pop()
+            found.append(Packed(child, start, above))
+            start += child.end - child.part
+            waiting += [(grandchild, (*above, found[-1])) for grandchild in reversed(child.children)]
+        if node.children and start <= PACKED:
+            node.packed, node.children = found, []
 
 
 def tree(texts: Iterable[Text], share: bool = True) -> list[Node]:
@@ -126,13 +159,13 @@ def batches(nodes: Sequence[Node], budget: int) -> list[list[Node]]:
         nodes: siblings in the sense that one cache holds all of their parents.
         budget: tokens per batch; a node that is longer goes alone.
     """
-    orders = (lambda n: (n.end, n.part)), (lambda n: (n.part, n.end))
+    orders = (lambda n: (n.stop, n.part)), (lambda n: (n.part, n.stop))
     plans = [_cut(sorted(nodes, key=order), budget) for order in orders]
     return min(plans, key=lambda plan: sum(map(_cost, plan)))
 
 
 def _cost(batch: Sequence[Node]) -> float:
-    return _price(len(batch), max(n.end for n in batch), min(n.part for n in batch), min(n.first for n in batch))
+    return _price(len(batch), max(n.stop for n in batch), min(n.part for n in batch), min(n.first for n in batch))
 
 
 def _price(rows: int, end: int, part: int, first: int) -> float:
@@ -146,7 +179,7 @@ def _cut(nodes: Sequence[Node], budget: int) -> list[list[Node]]:
         end, part, first, least, at = 0, 1 << 62, 1 << 62, float("inf"), stop - 1
         for start in range(stop - 1, max(-1, stop - 1 - ROWS), -1):
             node, rows = nodes[start], stop - start
-            end, part, first = max(end, node.end), min(part, node.part), min(first, node.first)
+            end, part, first = max(end, node.stop), min(part, node.part), min(first, node.first)
             fits = rows * (end - part) <= budget and rows * end <= WHOLE * budget
             if rows > 1 and not fits:
                 break

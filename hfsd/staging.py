@@ -6,11 +6,12 @@ import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from hfsd import familyfile, short_cards
+from hfsd import familyfile, hub, short_cards
 from hfsd.assets import assets
 from hfsd.cards import DATA_FILES, dataset_card, eval_results, model_card, pictures, shown, space_card, validate
 from hfsd.compare import read as read_answers
@@ -28,6 +29,7 @@ from hfsd.text import headline
 
 SPACE_EXAMPLES = 8
 SPACE_TOKENS = 256
+TERMS = ("LICENSE*", "NOTICE*", "USE_POLICY*")  # that stand beside a model
 
 
 @dataclass(frozen=True)
@@ -126,8 +128,9 @@ def digests(folder: Path) -> dict[str, str]:
 
 def _stage_model(family: Family, key: str, target: Path) -> str:
     root = family.root
-    for path in sorted(p for p in weights_folder(family, key).iterdir() if p.is_file() and p.name != "README.md"):
-        link_or_copy(path, target / path.name)
+    for path in sorted(weights_folder(family, key).iterdir()):
+        if path.is_file() and _is_a_models(path.name):
+            link_or_copy(path, target / path.name)
     adapter = adapter_folder(root, key)
     if adapter.is_dir() and family.recipe.publish.adapter == "subfolder":
         _stage_adapter(adapter, target / "adapter", family.ids["pruned"])
@@ -138,6 +141,12 @@ def _stage_model(family: Family, key: str, target: Path) -> str:
     if key == "pruned":
         _stage_records(family, target / familyfile.RECORDS)
     return model_card(family.results, key, family.ids, {})
+
+
+def _is_a_models(name: str) -> bool:
+    """Whether a file belongs to a checkpoint: a user's folder may hold notes and keys beside it."""
+    named = any(fnmatch(name, pattern) for pattern in (*hub.WANTED, *TERMS))
+    return named and name != "README.md" and not name.startswith(".")
 
 
 def _stage_adapter_repo(family: Family, repo: Repo, target: Path) -> str:

@@ -14,10 +14,14 @@ from typing import Any
 
 import pytest
 
+from hfsd import prefixes
 from tests import architectures, tiny
 
 # Architectures without a plain cache of keys and values: every text is read whole.
 WHOLE = {"Qwen3-Next", "GraniteMoeHybrid", "LFM2"}
+# Those with windows too: a mask of ours would say nothing of them, so that no continuations share a row.
+UNPACKED = {*WHOLE, "Mistral, sliding window", "Qwen2, sliding layers", "Gemma2", "Gemma3, text", "Gemma3, multimodal"}
+UNPACKED |= {"OLMo3", "gpt-oss", "Llama4, text", "Cohere2"}
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +59,7 @@ def counted(model: Any) -> Iterator[list[int]]:
 
 
 def assert_equal(found: list[Any], wanted: list[Any]) -> None:
-    assert [a for a, _ in found] == pytest.approx([a for a, _ in wanted], abs=1e-4)
+    assert [a for a, _ in found] == pytest.approx([a for a, _ in wanted], abs=1e-4, rel=2e-7)  # or one step of float32
     assert [greedy for _, greedy in found] == [greedy for _, greedy in wanted]
 
 
@@ -132,8 +136,8 @@ def test_a_batch_keeps_what_the_budget_allows(model: Any) -> None:
     rows: list[int] = []
     plain = ours._forward
 
-    def watched(inputs: Any, keep: int, cache: Any = None) -> Any:
-        logits, kept = plain(inputs, keep, cache)
+    def watched(inputs: Any, keep: int, cache: Any = None, packs: Any = None) -> Any:
+        logits, kept = plain(inputs, keep, cache, packs)
         if kept is not None:
             rows.append(kept.layers[0].keys.shape[0] * kept.layers[0].keys.shape[2])
         return logits, kept
@@ -168,11 +172,14 @@ def questions(length: int) -> list[tuple[None, list[int], list[int]]]:
     return [*requests, (None, some(3), some(4))]
 
 
-def test_every_architecture_is_scored_as_by_lm_eval(architecture: tuple[str, Any]) -> None:
+def test_every_architecture_is_scored_as_by_lm_eval(
+    architecture: tuple[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Below, around and above the tiny models' windows (8) and chunks (16); shared wherever there is a plain cache."""
     label, model = architecture
     stock, ours = both(model, 256)
-    assert ours.shares == (label not in WHOLE)
+    assert ours.shares == (label not in WHOLE) and ours._packs == (label not in UNPACKED)
+    monkeypatch.setattr(prefixes, "PASS", 0)  # so that no padding is worth a pass less
     for length in (5, 13, 40):
         asked = questions(length)
         with counted(model) as read:

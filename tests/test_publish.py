@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hfsd import cards
+from hfsd import cards, staging
 from hfsd.plain import from_json
 from hfsd.records import Receipt
 from hfsd.rundir import sha256
@@ -38,6 +38,12 @@ def test_weights_are_linked_and_adapters_point_at_the_pruned_repo(tiny_run: Path
     assert (merged / "model.safetensors").samefile(own)
     config = json.loads((merged / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == STEM
+
+
+def test_only_a_models_own_files_are_published() -> None:
+    ours = ["config.json", "model-00001-of-00002.safetensors", "tokenizer.model", "LICENSE.txt", "NOTICE"]
+    assert all(map(staging._is_a_models, ours))
+    assert not any(map(staging._is_a_models, [".env", ".lock", "README.md", "notes.md", "id_rsa", "optimizer.pt"]))
 
 
 def test_no_file_names_this_machine(tiny_run: Path, model_folder: Path) -> None:

@@ -126,3 +126,12 @@ def test_what_a_killed_process_left_is_swept_and_never_recorded(tmp_path: Path) 
         (target / "whole").write_text("x")
     assert not left.exists() and alive.exists()  # process 1 is there: it may be somebody's at work
     assert (tmp_path / "cut" / "whole").is_file()
+
+
+def test_a_link_never_writes_into_the_file_that_stands_there(tmp_path: Path) -> None:
+    mine, other = tmp_path / "mine", tmp_path / "other"
+    mine.write_text("mine")
+    other.write_text("other")
+    rundir.link_or_copy(mine, tmp_path / "target")
+    rundir.link_or_copy(other, tmp_path / "target")
+    assert mine.read_text() == "mine" and (tmp_path / "target").samefile(other)
