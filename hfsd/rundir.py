@@ -232,7 +232,7 @@ def merged_folder(root: Path, variant_id: str) -> Path:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """A hard link, which costs no space; a copy across file systems. What stood at the target is let go, not changed."""
+    """A hard link, which costs no space; a copy across file systems. What stood there is let go, not changed."""
     target.parent.mkdir(parents=True, exist_ok=True)
     target.unlink(missing_ok=True)  # it may be a link itself: writing into it would change a file of somebody else
     try:
