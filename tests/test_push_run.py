@@ -109,7 +109,8 @@ def test_a_run_that_is_not_as_recorded_is_not_pushed(root: Path, hub: LoopbackHu
     assert done.returncode == 2
     told = [line.removeprefix("hfsd: ") for line in done.stderr.splitlines()]
     for part in (
-        f"{weights} has changed since prune was finished; make it again with --redo prune",
+        f"{weights} has changed since prune was finished; make it again: hfsd run {root / 'recipe.yaml'} --out {root} "
+        "--redo prune",
         f"evaluate/pruned is not finished in {root}; finish it with `hfsd run`",
         "the data set gym:gsm_symbolic is under cc-by-nd-4.0, which allows no derivatives to be shared",
         "tester/gsm-symbolic-rewritten-by-tiny-llama: rewrites.jsonl holds what looks like a Hugging Face token; "
