@@ -9,12 +9,11 @@ from typing import Any
 from hfsd import text
 from hfsd.findings import Draft, Results, VariantSummary
 from hfsd.markdown import escape, without_paths
-from hfsd.metadata import original_repo
+from hfsd.metadata import HUB, original_repo
 from hfsd.plain import printable
 from hfsd.records import TAUGHT, TRAINED_ARMS, TrainReport, TrainSet, Variant
 from hfsd.stats import key_of, over_prompts
 
-HUB = "https://huggingface.co"
 _ADDRESS = re.compile(r"https?://[\w./~%#?=&+:@,;-]+")
 # How an arm was made, with the place of its data set open.
 HOW = {

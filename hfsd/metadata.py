@@ -17,6 +17,7 @@ from hfsd.text import label
 
 _NAME = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?"
 REPO_ID = re.compile(rf"(?=.{{1,96}}$)(?!.*(?:--|\.\.)){_NAME}(?:/{_NAME})?")
+HUB = "https://huggingface.co"
 COMMIT = re.compile(r"[0-9a-f]{40}")
 GRADIO = "6.31.0"  # as pinned in space/requirements.txt
 RELATIONS = ("adapter", "merge", "quantized", "finetune")

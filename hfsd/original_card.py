@@ -9,10 +9,9 @@ from typing import Any
 
 import yaml
 
-from hfsd.metadata import LICENSES
+from hfsd.metadata import HUB, LICENSES
 from hfsd.records import ModelRef
 
-HUB = "https://huggingface.co"
 SECTIONS = 4
 SECTION_CHARS = 1000  # of one section; the whole of it is on the original's own card
 _FRONT = re.compile(r"\A\ufeff?---\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)

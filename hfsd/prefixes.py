@@ -174,12 +174,13 @@ def _price(rows: int, end: int, part: int, first: int) -> float:
 
 def _cut(nodes: Sequence[Node], budget: int) -> list[list[Node]]:
     """The least cost of all nodes, by the least costs of the first 1, 2, 3, ..."""
+    extents = [(n.stop, n.part, n.first) for n in nodes]  # looked at once for each of up to ROWS batches
     costs, starts = [0.0], [0]
     for stop in range(1, len(nodes) + 1):
         end, part, first, least, at = 0, 1 << 62, 1 << 62, float("inf"), stop - 1
         for start in range(stop - 1, max(-1, stop - 1 - ROWS), -1):
-            node, rows = nodes[start], stop - start
-            end, part, first = max(end, node.stop), min(part, node.part), min(first, node.first)
+            (its_stop, its_part, its_first), rows = extents[start], stop - start
+            end, part, first = max(end, its_stop), min(part, its_part), min(first, its_first)
             fits = rows * (end - part) <= budget and rows * end <= WHOLE * budget
             if rows > 1 and not fits:
                 break

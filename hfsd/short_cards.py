@@ -7,10 +7,9 @@ from typing import Any
 
 from hfsd.findings import Results
 from hfsd.markdown import escape, fence, without_paths
-from hfsd.metadata import COMMIT, REPO_ID
+from hfsd.metadata import COMMIT, HUB, REPO_ID
 from hfsd.records import ModelRef, Provenance, spelled
 
-HUB = "https://huggingface.co"
 PEFT = """\
 from peft import PeftModel
 from transformers import AutoModelForCausalLM

@@ -11,7 +11,7 @@ import pytest
 from hfsd import cost, models, prune, surgery
 from hfsd.errors import Refusal
 from hfsd.records import ModelRef
-from tests import architectures
+from tests import architectures, tiny
 
 ROWS = [pytest.param(row, id=row.label) for row in architectures.TABLE]
 CUTTABLE = [pytest.param(row, id=row.label) for row in architectures.TABLE if row.refused is None]
@@ -23,22 +23,6 @@ def _config(row: architectures.Architecture) -> Any:
 
     given = ({} if row.plain else architectures.BASE) | row.config
     return getattr(transformers, f"{row.kind}Config")(**given)
-
-
-def _llama8b(**changes: Any) -> Any:
-    from transformers import LlamaConfig
-
-    return LlamaConfig(
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        vocab_size=128256,
-        tie_word_embeddings=False,
-        dtype="bfloat16",
-        **changes,
-    )
 
 
 def _cache_bytes(model: Any, tokens: int) -> int:
@@ -93,7 +77,7 @@ def test_what_a_cut_records_is_what_was_planned(label: str, tmp_path: Path) -> N
 
 def test_the_table_of_the_design() -> None:
     """8.030 B -> 6.722 B without 6 of 32 blocks: 16.30% of the parameters, 17.44% of the matmul FLOPs."""
-    whole, blocks = cost.by_block(_llama8b())
+    whole, blocks = cost.by_block(tiny.llama8b())
     assert whole.params == 8_030_261_248 and blocks[0].params == 218_112_000
     assert whole.checkpoint_bytes == 2 * whole.params
     assert whole.kv_bytes == 2 * 8 * 128 * 32 * 2

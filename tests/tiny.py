@@ -60,11 +60,11 @@ def llama(folder: Path, n_layers: int = 6, seed: int = 0, tied: bool = True) -> 
     return folder
 
 
-def bare_llama8b(root: Path) -> Path:
-    """A Llama-3.1-8B config and nothing else."""
+def llama8b(**changes: Any) -> Any:
+    """The config of Llama-3.1-8B."""
     from transformers import LlamaConfig
 
-    config = LlamaConfig(
+    return LlamaConfig(
         hidden_size=4096,
         intermediate_size=14336,
         num_hidden_layers=32,
@@ -73,8 +73,13 @@ def bare_llama8b(root: Path) -> Path:
         vocab_size=128256,
         tie_word_embeddings=False,
         dtype="bfloat16",
+        **changes,
     )
-    config.save_pretrained(root / "llama-3.1-8b")
+
+
+def bare_llama8b(root: Path) -> Path:
+    """A folder with that config and nothing else."""
+    llama8b().save_pretrained(root / "llama-3.1-8b")
     return root / "llama-3.1-8b"
 
 
