@@ -7,7 +7,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,7 @@ from hfsd.endpoint import Remote
 from hfsd.engines import Batch, Request, Sampling
 from hfsd.errors import BadRequest, HfsdError, Refusal
 from hfsd.records import Example
+from tests.servers import JsonHandler
 
 
 class Server(ThreadingHTTPServer):
@@ -54,7 +55,7 @@ class Server(ThreadingHTTPServer):
         """A client that has gone is part of these tests."""
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(JsonHandler):
     server: Server
 
     def do_POST(self) -> None:
@@ -80,17 +81,6 @@ class Handler(BaseHTTPRequestHandler):
         status = self.server.listing.pop(0) if self.server.listing else 200
         listed = {"object": "list", "data": self.server.models}
         self._send(404 if self.server.models is None else status, listed)
-
-    def _send(self, status: int, body: dict) -> None:
-        raw = json.dumps(body).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(raw)))
-        self.end_headers()
-        self.wfile.write(raw)
-
-    def log_message(self, *_: object) -> None:
-        pass
 
 
 @pytest.fixture

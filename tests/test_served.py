@@ -7,7 +7,7 @@ import sys
 import threading
 import types
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from hfsd import pipeline, session, steps
 from hfsd import work as doing
 from hfsd.errors import BadRequest, HfsdError, Refusal
 from tests import tiny
+from tests.servers import JsonHandler
 from tests.test_harness import arc, written
 
 CUT = {"remove": "1:3"}
@@ -39,7 +40,7 @@ class Server(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_address[1]}/v1"
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(JsonHandler):
     server: Server
 
     def do_GET(self) -> None:
@@ -67,17 +68,6 @@ class Handler(BaseHTTPRequestHandler):
         top = [None, *({"best": float(row.max())} for row in logs)]
         logprobs = {"token_logprobs": token, "top_logprobs": top}
         self._send(200, {"choices": [{"index": 0, "logprobs": logprobs}]})
-
-    def _send(self, status: int, body: Any) -> None:
-        raw = json.dumps(body).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(raw)))
-        self.end_headers()
-        self.wfile.write(raw)
-
-    def log_message(self, *_: object) -> None:
-        pass
 
 
 @pytest.fixture(scope="module")
